@@ -1,0 +1,43 @@
+"""gpt-oss in JAX: the model, its configuration, and the way from a checkpoint to a `Transformer`."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from oss_model.config import ModelConfig
+    from oss_model.errors import InputError
+    from oss_model.layers import RMSNorm, RotaryEmbedding
+    from oss_model.modeling import AttentionBlock, MLPBlock, Transformer, TransformerBlock
+    from oss_model.params import create_model_from_checkpoint
+
+# Imported on first use, so that the command lines, which read only the tables, start without JAX.
+_HOME = {
+    "ModelConfig": "config",
+    "InputError": "errors",
+    "AttentionBlock": "modeling",
+    "MLPBlock": "modeling",
+    "Transformer": "modeling",
+    "TransformerBlock": "modeling",
+    "RMSNorm": "layers",
+    "RotaryEmbedding": "layers",
+    "create_model_from_checkpoint": "params",
+}
+
+__all__ = [
+    "AttentionBlock",
+    "InputError",
+    "MLPBlock",
+    "ModelConfig",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Transformer",
+    "TransformerBlock",
+    "create_model_from_checkpoint",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

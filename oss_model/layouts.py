@@ -1,0 +1,266 @@
+"""The table: three checkpoint layouts <-> the model's parameters, as data.
+
+A row says which tensor of a checkpoint holds which parameter of the model, and how their axes correspond, as an
+einops pattern read from the checkpoint to the model. Read backwards, the same row writes a checkpoint. Sizes of
+the axes come from `ModelConfig.axes`, so every row knows the shape it expects on both sides.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+
+import einops
+import ml_dtypes
+import numpy as np
+
+from oss_model.config import ModelConfig
+from oss_model.errors import InputError
+
+BFLOAT16, FLOAT32, UINT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One correspondence. `{n}` stands for the layer number.
+
+    `before` names the axes of what lies above this parameter along the first axis of a fused tensor:
+    in OpenAI's qkv, the keys start below "(heads dim)" rows.
+    """
+
+    checkpoint: str
+    model: str
+    pattern: str
+    before: tuple[str, ...] = ()
+    packed: bool = False  # MXFP4 bytes (uint8) rather than floating point
+
+
+def _attention(name: str, of: dict[str, str]) -> list[Row]:
+    """q, k, v and o of the layouts that keep them apart; `of` maps our names to the checkpoint's."""
+    return [
+        Row(f"{name}.{of[proj]}.{leaf}", f"layers.{{n}}.attn.{proj}.{leaf}", pattern)
+        for proj, weight, bias in (
+            ("q_proj", "(heads dim) hidden -> heads dim hidden", "(heads dim) -> heads dim"),
+            ("k_proj", "(kv dim) hidden -> kv dim hidden", "(kv dim) -> kv dim"),
+            ("v_proj", "(kv dim) hidden -> kv dim hidden", "(kv dim) -> kv dim"),
+            ("o_proj", "hidden (heads dim) -> hidden heads dim", "hidden -> hidden"),
+        )
+        if proj in of
+        for leaf, pattern in (("weight", weight), ("bias", bias))
+    ]
+
+
+def _packed_experts(gate_up: str, down: str) -> list[Row]:
+    """Rows of gate_up are interleaved, even = gate and odd = up, in every layout: `(inner glu)`."""
+    return [
+        Row(f"{gate_up}blocks", "layers.{n}.mlp.gate_up.blocks",
+            "experts (inner glu) hidden_groups bytes -> experts glu inner hidden_groups bytes", packed=True),
+        Row(f"{gate_up}scales", "layers.{n}.mlp.gate_up.scales",
+            "experts (inner glu) hidden_groups -> experts glu inner hidden_groups", packed=True),
+        Row(f"{down}blocks", "layers.{n}.mlp.down.blocks",
+            "experts hidden inner_groups bytes -> experts hidden inner_groups bytes", packed=True),
+        Row(f"{down}scales", "layers.{n}.mlp.down.scales",
+            "experts hidden inner_groups -> experts hidden inner_groups", packed=True),
+    ]  # fmt: skip
+
+
+_GATE_UP_BIAS, _DOWN_BIAS = "experts (inner glu) -> experts glu inner", "experts hidden -> experts hidden"
+_HF = "model.layers.{n}"
+_OPENAI = "block.{n}"
+
+_HF_COMMON = (
+    Row("model.embed_tokens.weight", "embedding.weight", "vocab hidden -> vocab hidden"),
+    Row(f"{_HF}.input_layernorm.weight", "layers.{n}.attn.norm.scale", "hidden -> hidden"),
+    Row(f"{_HF}.self_attn.sinks", "layers.{n}.attn.sinks", "heads -> heads"),
+    *_attention(f"{_HF}.self_attn", {proj: proj for proj in ("q_proj", "k_proj", "v_proj", "o_proj")}),
+    Row(f"{_HF}.post_attention_layernorm.weight", "layers.{n}.mlp.norm.scale", "hidden -> hidden"),
+    Row(f"{_HF}.mlp.router.weight", "layers.{n}.mlp.router.weight", "experts hidden -> experts hidden"),
+    Row(f"{_HF}.mlp.router.bias", "layers.{n}.mlp.router.bias", "experts -> experts"),
+    Row(f"{_HF}.mlp.experts.gate_up_proj_bias", "layers.{n}.mlp.gate_up.bias", _GATE_UP_BIAS),
+    Row(f"{_HF}.mlp.experts.down_proj_bias", "layers.{n}.mlp.down.bias", _DOWN_BIAS),
+    Row("model.norm.weight", "norm.scale", "hidden -> hidden"),
+    Row("lm_head.weight", "lm_head.weight", "vocab hidden -> vocab hidden"),
+)
+# The only layout whose experts are stored for x @ W: they are transposed back to [experts, out, in].
+_HF_BF16_EXPERTS = (
+    Row(f"{_HF}.mlp.experts.gate_up_proj", "layers.{n}.mlp.gate_up.weight",
+        "experts hidden (inner glu) -> experts glu inner hidden"),
+    Row(f"{_HF}.mlp.experts.down_proj", "layers.{n}.mlp.down.weight", "experts inner hidden -> experts hidden inner"),
+)  # fmt: skip
+_ABOVE = {"q": (), "k": ("(heads dim)",), "v": ("(heads dim)", "(kv dim)")}  # qkv is fused along its rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+
+    @property
+    def packed(self) -> bool:
+        return any(row.packed for row in self.rows)
+
+
+HF_MXFP4 = Layout(
+    "hf",
+    "Hugging Face, MXFP4",
+    _HF_COMMON + tuple(_packed_experts(f"{_HF}.mlp.experts.gate_up_proj_", f"{_HF}.mlp.experts.down_proj_")),
+)
+HF_BF16 = Layout("hf-bf16", "Hugging Face, bfloat16", _HF_COMMON + _HF_BF16_EXPERTS)
+# What transformers 5.23's default save_pretrained writes after a dequantized load: the bfloat16 layout, whose
+# experts are wrongly named `*_blocks`. Only their dtype and rank tell; there are no `*_scales`.
+HF_BF16_MISNAMED = Layout(
+    "hf-bf16-misnamed",
+    "Hugging Face, bfloat16 with experts named *_blocks",
+    _HF_COMMON + tuple(dataclasses.replace(row, checkpoint=row.checkpoint + "_blocks") for row in _HF_BF16_EXPERTS),
+)
+OPENAI = Layout(
+    "openai",
+    "OpenAI original",
+    (
+        Row("embedding.weight", "embedding.weight", "vocab hidden -> vocab hidden"),
+        Row(f"{_OPENAI}.attn.norm.scale", "layers.{n}.attn.norm.scale", "hidden -> hidden"),
+        Row(f"{_OPENAI}.attn.sinks", "layers.{n}.attn.sinks", "heads -> heads"),
+        *(
+            dataclasses.replace(row, before=_ABOVE[row.model.split(".attn.")[1][0]])
+            for row in _attention(f"{_OPENAI}.attn", {f"{part}_proj": "qkv" for part in "qkv"})
+        ),
+        *_attention(f"{_OPENAI}.attn", {"o_proj": "out"}),
+        Row(f"{_OPENAI}.mlp.norm.scale", "layers.{n}.mlp.norm.scale", "hidden -> hidden"),
+        Row(f"{_OPENAI}.mlp.gate.weight", "layers.{n}.mlp.router.weight", "experts hidden -> experts hidden"),
+        Row(f"{_OPENAI}.mlp.gate.bias", "layers.{n}.mlp.router.bias", "experts -> experts"),
+        Row(f"{_OPENAI}.mlp.mlp1_bias", "layers.{n}.mlp.gate_up.bias", _GATE_UP_BIAS),
+        Row(f"{_OPENAI}.mlp.mlp2_bias", "layers.{n}.mlp.down.bias", _DOWN_BIAS),
+        *_packed_experts(f"{_OPENAI}.mlp.mlp1_weight.", f"{_OPENAI}.mlp.mlp2_weight."),
+        Row("norm.scale", "norm.scale", "hidden -> hidden"),
+        Row("unembedding.weight", "lm_head.weight", "vocab hidden -> vocab hidden"),
+    ),
+)
+LAYOUTS = {layout.name: layout for layout in (HF_MXFP4, HF_BF16, HF_BF16_MISNAMED, OPENAI)}
+
+
+# --- rows with their sizes filled in ----------------------------------------------------------------------------
+
+
+def _groups(side: str) -> list[list[str]]:
+    """'(heads dim) hidden' -> [['heads', 'dim'], ['hidden']]"""
+    return [found.strip("()").split() for found in re.findall(r"\([^)]*\)|\S+", side)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A `Row` of one layer of one model: names and shapes are final, and arrays can be taken through it."""
+
+    checkpoint: str
+    model: str
+    pattern: str
+    packed: bool
+    axes: dict[str, int]
+    start: int  # first row of this parameter in the checkpoint's tensor; not 0 only in a fused tensor
+
+    def _shape(self, side: int) -> tuple[int, ...]:
+        return tuple(math.prod(self.axes[a] for a in group) for group in _groups(self.pattern.split("->")[side]))
+
+    @property
+    def checkpoint_shape(self) -> tuple[int, ...]:
+        """Shape of this parameter's part of the checkpoint's tensor: all of it, unless it is fused."""
+        return self._shape(0)
+
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        return self._shape(1)
+
+    @property
+    def rows(self) -> slice:
+        """Where this parameter lies along the first axis of the checkpoint's tensor."""
+        return slice(self.start, self.start + self.checkpoint_shape[0])
+
+    def to_model(self, part: np.ndarray) -> np.ndarray:
+        """A checkpoint's array -> the parameter. Also takes a run of leading `experts` (a view where axes only split)."""
+        return self._rearrange(part, self.pattern)
+
+    def to_checkpoint(self, parameter: np.ndarray) -> np.ndarray:
+        """The inverse of `to_model`: the same pattern, read backwards."""
+        return self._rearrange(parameter, " -> ".join(reversed(self.pattern.split(" -> "))))
+
+    def _rearrange(self, array: np.ndarray, pattern: str) -> np.ndarray:
+        lead = pattern.split()[0].lstrip("(")
+        sizes = {axis: size for axis, size in self.axes.items() if axis in re.findall(r"\w+", pattern) and axis != lead}
+        return einops.rearrange(array, pattern, **sizes)
+
+
+def entries(layout: Layout, cfg: ModelConfig) -> list[Entry]:
+    """Every row of `layout` for every layer of `cfg`, in the order of the model: embedding, layers, norm, lm_head."""
+    axes = cfg.axes
+    first, per_layer, last = [], [], []
+    for row in layout.rows:
+        (per_layer if "{n}" in row.model else first if row.model.startswith("embedding") else last).append(row)
+    expanded = [(row, None) for row in first]
+    expanded += [(row, n) for n in range(cfg.num_hidden_layers) for row in per_layer]
+    expanded += [(row, None) for row in last]
+    return [
+        Entry(
+            checkpoint=row.checkpoint.format(n=n),
+            model=row.model.format(n=n),
+            pattern=row.pattern,
+            packed=row.packed,
+            axes=axes,
+            start=sum(math.prod(axes[a] for a in _groups(group)[0]) for group in row.before),
+        )
+        for row, n in expanded
+    ]
+
+
+def checkpoint_shapes(layout: Layout, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor a complete checkpoint has; parts of a fused tensor are added up along its rows."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries(layout, cfg):
+        above = shapes.get(entry.checkpoint, (0,))[0]
+        shapes[entry.checkpoint] = (above + entry.checkpoint_shape[0], *entry.checkpoint_shape[1:])
+    return shapes
+
+
+def parameters(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of every parameter of `Transformer(cfg)`: what an Orbax checkpoint of it holds."""
+    floating = FLOAT32 if cfg.param_dtype == "float32" else BFLOAT16
+    layout = HF_MXFP4 if cfg.param_dtype == "mxfp4" else HF_BF16
+    return {e.model: (e.model_shape, UINT8 if e.packed else floating) for e in entries(layout, cfg)}
+
+
+# --- recognising and checking a checkpoint ----------------------------------------------------------------------
+
+
+def recognise(tensors: dict[str, tuple[tuple[int, ...], str]]) -> Layout | None:
+    """Which layout has these tensors (name -> shape, safetensors dtype)? None if it is no gpt-oss checkpoint."""
+    if any(name.startswith("block.") for name in tensors):
+        return OPENAI
+    if not any(name.startswith("model.layers.") for name in tensors):
+        return None
+    blocks = [(shape, dtype) for name, (shape, dtype) in tensors.items() if name.endswith("_proj_blocks")]
+    if not blocks:
+        return HF_BF16
+    if any(name.endswith("_proj_scales") for name in tensors) or any(dtype == "U8" for _, dtype in blocks):
+        return HF_MXFP4
+    return HF_BF16_MISNAMED
+
+
+def check(tensors: dict[str, tuple[tuple[int, ...], str]], layout: Layout, cfg: ModelConfig, where: str) -> list[str]:
+    """Compare what a checkpoint has (name -> shape, safetensors dtype) with what `cfg` needs; one line a fault."""
+    packed = {e.checkpoint for e in entries(layout, cfg) if e.packed}
+    expected = checkpoint_shapes(layout, cfg)
+    faults = [f"{where}: {name}: missing; {layout.title} needs it" for name in expected if name not in tensors]
+    for name, (shape, dtype) in tensors.items():
+        if name not in expected:
+            faults.append(f"{where}: {name}: unexpected; config.json and the layout ({layout.title}) have no such tensor")
+            continue
+        wanted = ("U8",) if name in packed else ("BF16", "F32")
+        if dtype not in wanted:
+            faults.append(f"{where}: {name}: expected dtype {' or '.join(wanted)}, found {dtype}")
+        if tuple(shape) != expected[name]:
+            faults.append(f"{where}: {name}: expected shape {list(expected[name])} by config.json, found {list(shape)}")
+    return faults
+
+
+def not_a_checkpoint(where: str, names: Iterable[str]) -> InputError:
+    some = ", ".join(sorted(names)[:3])
+    return InputError(f"{where}: expected the tensors of a gpt-oss checkpoint, found {some or 'none'}; is this another model?")

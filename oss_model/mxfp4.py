@@ -1,0 +1,83 @@
+"""MXFP4: packed blocks and scales <-> values.
+
+A block is 32 values along the input axis, stored as 16 bytes and one scale byte (OCP Microscaling Formats 1.0).
+Byte i of a block holds element 2i in its low nibble and element 2i + 1 in its high nibble. A nibble is an E2M1
+code; value = code * 2**(scale - 127). Scales 0..252 give values that are exact in bfloat16; 253 and 254 overflow
+for some codes, and 255 is NaN, so these three are rejected where a checkpoint is read (`bad_scales`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+MAX_SCALE = 252
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@functools.cache
+def _pair_table() -> np.ndarray:
+    """[scale, byte] -> the two bfloat16 values of the byte, as one little-endian uint32. 65,536 entries, 256 KiB."""
+    codes = np.asarray(E2M1, np.float64)
+    scales = np.ldexp(1.0, np.arange(256) - 127)
+    with np.errstate(over="ignore"):  # scales 253..255, which `bad_scales` rejects
+        values = (scales[:, None] * codes).astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    byte = np.arange(256)
+    low, high = values[:, byte & 15].astype(np.uint32), values[:, byte >> 4].astype(np.uint32)
+    return (low | high << 16).reshape(-1)
+
+
+def bad_scales(scales: np.ndarray) -> tuple[int, tuple[int, ...]] | None:
+    """How many scale bytes of `scales` (uint8, any shape) are not finite in bfloat16, and the first one's index.
+
+    Returns None if there is none.
+    """
+    if scales.size == 0 or scales.max() <= MAX_SCALE:
+        return None
+    where = np.argwhere(scales > MAX_SCALE)
+    return len(where), tuple(int(i) for i in where[0])
+
+
+def decode(blocks: np.ndarray, scales: np.ndarray, dtype=ml_dtypes.bfloat16) -> np.ndarray:
+    """Decode on the host, exactly.
+
+    Args:
+      blocks: uint8 [..., groups, 16].
+      scales: uint8 [..., groups].
+      dtype: bfloat16 or float32.
+
+    Returns:
+      [..., groups * 32] in `dtype`. Subnormals (scales 0 and 1) and -0.0 are kept: this is a table, not arithmetic.
+    """
+    *rows, groups, width = blocks.shape
+    out = np.empty((blocks.size // width, width), np.uint32)
+    flat_blocks, flat_scales = blocks.reshape(-1, width), scales.reshape(-1)
+    table = _pair_table()
+    step = 1 << 13  # 128 KiB of blocks and 512 KiB of values: what a core's cache holds
+    for start in range(0, len(out), step):
+        piece = slice(start, start + step)
+        index = flat_scales[piece, None].astype(np.intp) << 8 | flat_blocks[piece]
+        np.take(table, index, out=out[piece], mode="clip")  # "clip" writes straight to `out`; no index is out of range
+    values = out.view(ml_dtypes.bfloat16).reshape(*rows, groups * width * 2)
+    return values if np.dtype(dtype) == ml_dtypes.bfloat16 else widen(values)
+
+
+def widen(values: np.ndarray) -> np.ndarray:
+    """bfloat16 -> float32 of the same shape, bit for bit: a float32 whose low half is zero. NaNs keep their payload."""
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def dequantize(
+    blocks: UInt8[Array, "*rows groups 16"], scales: UInt8[Array, "*rows groups"], dtype
+) -> Float[Array, "*rows values"]:
+    """`decode` inside the model, for jit and for any backend.
+
+    A gather from the same table: XLA on CPU flushes the subnormal results of a multiplication.
+    """
+    table = jnp.asarray(_pair_table())
+    pairs = table[scales[..., None].astype(jnp.int32) << 8 | blocks.astype(jnp.int32)]
+    values = jax.lax.bitcast_convert_type(pairs, jnp.bfloat16)  # [..., groups, 16, 2]
+    return values.reshape(*blocks.shape[:-2], -1).astype(dtype)

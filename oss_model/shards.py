@@ -1,0 +1,212 @@
+"""Directories of safetensors: checked when opened, then read lazily by tensor name.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
+"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from oss_model import layouts
+from oss_model.config import ModelConfig
+from oss_model.errors import InputError, raise_all
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "U8": np.dtype(np.uint8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    offset: int  # of the first byte, from the start of the file
+    nbytes: int
+
+
+class Shards:
+    """The tensors of a safetensors directory, by name.
+
+    Opening reads headers only. Data is read with `pread`, so no pages of the source stay mapped into the process.
+
+    Raises:
+      InputError: naming every file that is missing, truncated or outside the directory, and every tensor that is
+        duplicated, or that the index and the shards disagree about.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        self.tensors: dict[str, Tensor] = {}
+        self._open: dict[Path, int] = {}
+        faults: list[str] = []
+        weight_map = _read_index(self.directory / INDEX, faults)
+        if weight_map is None:
+            files = sorted(self.directory.glob("*.safetensors"))
+        else:
+            files = sorted({self.directory / name for name in weight_map.values()})
+            for stray in sorted(set(self.directory.glob("*.safetensors")) - set(files)):
+                faults.append(f"{stray}: not named by {INDEX}; move it away, or rebuild the index")
+        seen: dict[str, Path] = {}
+        for file in files:
+            for name, tensor in _read_header(file, faults).items():
+                if name in seen:
+                    faults.append(f"{file}: {name}: duplicate; {seen[name].name} has it too")
+                elif weight_map is not None and name not in weight_map:
+                    faults.append(f"{file}: {name}: in the shard but not in {INDEX}; rebuild the index")
+                elif weight_map is not None and weight_map[name] != file.name:
+                    faults.append(f"{file}: {name}: found here, but {INDEX} says {weight_map[name]}")
+                seen[name] = file
+                self.tensors[name] = tensor
+        broken = {file for file in files if not any(path == file for path in seen.values())}
+        for name, file in (weight_map or {}).items():
+            if name not in seen and self.directory / file not in broken:
+                faults.append(f"{self.directory / file}: {name}: missing; {INDEX} says it is here")
+        raise_all(faults)
+        if not files:
+            raise InputError(f"{self.directory}: expected *.safetensors files, found none; {_look_elsewhere(self.directory)}")
+
+    def signature(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> (shape, safetensors dtype), as `layouts.check` takes it."""
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Read one tensor, or a run of rows along its first axis, into a new array of the stored dtype."""
+        tensor = self.tensors[name]
+        start, stop, _ = rows.indices(tensor.shape[0])
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        out = np.empty((stop - start, *tensor.shape[1:]), _DTYPES[tensor.dtype])
+        self._pread(tensor.file, out.reshape(-1).view(np.uint8), tensor.offset + start * row_bytes)
+        return out
+
+    def _pread(self, file: Path, out: np.ndarray, offset: int) -> None:
+        fd = self._open.get(file)
+        if fd is None:
+            fd = self._open.setdefault(file, os.open(file, os.O_RDONLY))
+        view = memoryview(out)
+        while view:
+            count = os.preadv(fd, [view[: 1 << 30]], offset)
+            if not count:
+                raise InputError(f"{file}: ended at byte {offset}, {len(view)} bytes early; it changed while it was read")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Checkpoint:
+    """A safetensors directory that is known to be a complete gpt-oss model: its tensors, layout and configuration."""
+
+    def __init__(self, directory: str | os.PathLike):
+        """Open and check everything but the values.
+
+        Raises:
+          InputError: naming every fault of config.json, the files, and the tensors' names, shapes and dtypes.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            found = "a file" if self.directory.exists() else "nothing"
+            raise InputError(f"{self.directory}: expected a directory of safetensors files, found {found}")
+        if self.directory.resolve().name == "metal":
+            raise InputError(f"{self.directory}: metal/ holds OpenAI's Metal format; give the directory above it, or original/")
+        self.shards = Shards(self.directory)
+        layout = layouts.recognise(self.shards.signature())
+        if layout is None:
+            raise layouts.not_a_checkpoint(str(self.directory), self.shards.tensors)
+        self.layout = layout
+        self.cfg = ModelConfig.from_json(self.directory / "config.json")
+        raise_all(layouts.check(self.shards.signature(), layout, self.cfg, str(self.directory)))
+
+    def entries(self) -> list[layouts.Entry]:
+        return layouts.entries(self.layout, self.cfg)
+
+    def read(self, entry: layouts.Entry, rows: slice = slice(None)) -> np.ndarray:
+        """The parameter of `entry` (or a run along its first axis) in the checkpoint's shape and dtype."""
+        start, stop, _ = rows.indices(entry.checkpoint_shape[0])
+        return self.shards.read(entry.checkpoint, slice(entry.start + start, entry.start + stop))
+
+
+def _read_index(path: Path, faults: list[str]) -> dict[str, str] | None:
+    """Tensor name -> file name; None where there is no index. Files outside the directory are faults."""
+    if not path.exists():
+        return None
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: expected an index with a weight_map object, found something else ({e!r})") from None
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or file in ("", ".", ".."):
+            faults.append(f"{path}: names {file!r}, outside its own directory; an index may only name files beside it")
+        elif not (path.parent / file).is_file():
+            faults.append(f"{path.parent / file}: missing; {INDEX} names it. Download it again")
+    raise_all(faults)
+    return names
+
+
+def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # the library checks the header against itself and against the file's length
+        with open(file, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(length))
+    except (SafetensorError, OSError, ValueError) as e:
+        faults.append(f"{file}: expected a whole safetensors file, found a truncated or damaged one ({e}). Download it again")
+        return {}
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        tensors[name] = Tensor(file, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
+    return tensors
+
+
+def _look_elsewhere(directory: Path) -> str:
+    """What to do about a directory that has no safetensors of its own."""
+    if (directory / "conversion.json").exists() or (directory / "_METADATA").exists():
+        return "it is an Orbax checkpoint already"
+    below = sorted({file.parent.name for file in directory.glob("*/*.safetensors")})
+    if below:
+        return f"there are some in {', '.join(below)}: give that directory"
+    if any(directory.iterdir()):
+        return "give the directory that config.json and the shards are in"
+    return "it is empty"
+
+
+def write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], str]], pieces) -> None:
+    """Write one safetensors file as a stream.
+
+    Args:
+      path: the file.
+      tensors: name -> (shape, safetensors dtype), in the order of `pieces`.
+      pieces: an iterable of arrays: the data of all tensors one after the other, each in any number of pieces.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in tensors.items():
+        end = offset + math.prod(shape) * _DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        if f.tell() != 8 + len(text) + offset:
+            raise ValueError(f"{path}: the pieces hold {f.tell() - 8 - len(text)} bytes, the header {offset}")

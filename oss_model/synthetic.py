@@ -1,0 +1,238 @@
+"""Seeded gpt-oss checkpoints in every layout and size: for the demo, the tests and the benchmarks.
+
+    python -m oss_model.synthetic OUT --size tiny --layout hf --seed 0
+
+The weights are random, but every part of the model matters in them: gates and ups reach the SwiGLU clamp, sinks
+take a good share of the attention, the router prefers some experts without starving any, and the residual stream
+keeps its size over depth. The same seed gives the same model in every layout, value for value.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from oss_model import layouts, mxfp4
+from oss_model.config import ModelConfig
+from oss_model.errors import InputError
+from oss_model.shards import INDEX, write_shard
+
+SHARD_BYTES = 4_900_000_000  # as in the published 20b: three shards
+PIECE_BYTES = 32 << 20
+SIZES = {"tiny": ModelConfig.tiny, "20b": ModelConfig.gpt_oss_20b, "120b": ModelConfig.gpt_oss_120b}
+
+
+def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf", seed: int = 0) -> Path:
+    """Write a checkpoint of `cfg` in `layout` ("hf", "hf-bf16", "openai"), one piece of a tensor in memory at a time.
+
+    Raises:
+      InputError: if `out` exists and is not an empty directory.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: expected a new or empty directory, found something; give another name, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    table = layouts.LAYOUTS[layout]
+    entries: dict[str, list[layouts.Entry]] = {}
+    for entry in layouts.entries(table, cfg):
+        entries.setdefault(entry.checkpoint, []).append(entry)
+    shapes = layouts.checkpoint_shapes(table, cfg)
+    tensors = {name: (shapes[name], "U8" if parts[0].packed else "BF16") for name, parts in entries.items()}
+    shards = _split(tensors)
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i:05d}-of-{len(shards) - 1:05d}.safetensors" for i in range(len(shards))  # zero-based, as published
+    ]  # fmt: skip
+    for file, shard in zip(names, shards, strict=True):
+        pieces = (piece for name in shard for entry in entries[name] for piece in _pieces(entry, cfg, seed))
+        write_shard(out / file, shard, pieces)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(out / INDEX, {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": weight_map})
+    _write_json(out / "config.json", openai_config(cfg) if layout == "openai" else hf_config(cfg, table.packed))
+    if layout != "openai":
+        eos = [token for token in (200002, 199999, 200012) if token < cfg.vocab_size] or [cfg.vocab_size - 1]
+        _write_json(out / "generation_config.json", {"do_sample": True, "eos_token_id": eos})
+    return out
+
+
+# --- configurations, as their authors write them ----------------------------------------------------------------
+
+
+def hf_config(cfg: ModelConfig, quantized: bool) -> dict:
+    """config.json as published on the hub: written by transformers 4."""
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": min(200002, cfg.vocab_size - 1),
+        "experts_per_token": cfg.num_experts_per_tok,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": cfg.hidden_size,
+        "initial_context_length": cfg.rope_original_max_position_embeddings,
+        "initializer_range": 0.02,
+        "intermediate_size": cfg.intermediate_size,
+        "layer_types": list(cfg.layer_types),
+        "max_position_embeddings": cfg.max_position_embeddings,
+        "model_type": "gpt_oss",
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_experts_per_tok": cfg.num_experts_per_tok,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_key_value_heads": cfg.num_key_value_heads,
+        "num_local_experts": cfg.num_experts,
+        "output_router_logits": False,
+        "pad_token_id": min(199999, cfg.vocab_size - 2),
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_scaling": {
+            "beta_fast": cfg.rope_beta_fast,
+            "beta_slow": cfg.rope_beta_slow,
+            "factor": cfg.rope_factor,
+            "original_max_position_embeddings": cfg.rope_original_max_position_embeddings,
+            "rope_type": "yarn",
+            "truncate": cfg.rope_truncate,
+        },
+        "rope_theta": cfg.rope_theta,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": cfg.sliding_window,
+        "swiglu_limit": cfg.swiglu_limit,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+        "vocab_size": cfg.vocab_size,
+    }
+    if quantized:
+        modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+        config["quantization_config"] = {"modules_to_not_convert": modules, "quant_method": "mxfp4"}
+    return config
+
+
+def openai_config(cfg: ModelConfig) -> dict:
+    """config.json of the `original/` directories. It cannot say everything: eps, alpha and truncate are fixed."""
+    return {
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_experts": cfg.num_experts,
+        "experts_per_token": cfg.num_experts_per_tok,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "swiglu_limit": cfg.swiglu_limit,
+        "head_dim": cfg.head_dim,
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_key_value_heads": cfg.num_key_value_heads,
+        "sliding_window": cfg.sliding_window,
+        "initial_context_length": cfg.rope_original_max_position_embeddings,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling_factor": cfg.rope_factor,
+        "rope_ntk_alpha": cfg.rope_beta_slow,
+        "rope_ntk_beta": cfg.rope_beta_fast,
+    }
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def _pieces(entry: layouts.Entry, cfg: ModelConfig, seed: int) -> Iterator[np.ndarray]:
+    """The values of one parameter, in the checkpoint's orientation, a run of its first axis at a time."""
+    shape = entry.model_shape
+    if entry.pattern.startswith("experts") and len(shape) > 2:
+        step = 1
+    elif entry.checkpoint_shape == shape:
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * 2))
+    else:  # an attention matrix: its first axis is cut in two, so it comes whole
+        step = shape[0]
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        yield entry.to_checkpoint(_values(entry.model, start, (stop - start, *shape[1:]), cfg, seed))
+
+
+def _values(name: str, start: int, shape: tuple[int, ...], cfg: ModelConfig, seed: int) -> np.ndarray:
+    """Rows [start, start + shape[0]) of the parameter `name`, in the model's orientation."""
+    part = ".".join(name.split(".")[2:]) or name
+    if part in ("mlp.gate_up.weight", "mlp.down.weight"):  # the same values the packed layouts hold
+        stem, width = name.removesuffix("weight"), shape[-1] // 32
+        blocks = _values(stem + "blocks", start, (*shape[:-1], width, 16), cfg, seed)
+        return mxfp4.decode(blocks, _values(stem + "scales", start, (*shape[:-1], width), cfg, seed))
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), start])
+    if part.endswith("blocks"):
+        return np.frombuffer(rng.bytes(math.prod(shape)), np.uint8).reshape(shape)
+    if part.endswith("scales"):
+        # A random E2M1 code has a standard deviation of 2.9; gates should have 3, so that the clamp at 7 is reached.
+        fan_in, std = (cfg.hidden_size, 3.0) if "gate_up" in part else (cfg.intermediate_size, 0.6)
+        middle = 127 + round(math.log2(std / (2.9 * math.sqrt(fan_in))))
+        return (middle - 1 + rng.integers(0, 3, shape, np.uint8)).astype(np.uint8)
+    mean, std = _STATISTICS[part](cfg) if part in _STATISTICS else (0.0, 0.1)
+    values = rng.standard_normal(shape, np.float32)
+    values *= std
+    values += mean
+    return values.astype(layouts.BFLOAT16)
+
+
+# Name within a layer, or of the whole model -> (mean, standard deviation).
+_STATISTICS = {
+    "embedding.weight": lambda cfg: (0.0, 1.0),
+    "attn.norm.scale": lambda cfg: (1.0, 0.1),
+    "mlp.norm.scale": lambda cfg: (1.0, 0.1),
+    "norm.scale": lambda cfg: (1.0, 0.1),
+    "attn.sinks": lambda cfg: (1.0, 1.0),
+    "attn.q_proj.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.hidden_size)),
+    "attn.k_proj.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.hidden_size)),
+    "attn.v_proj.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.hidden_size)),
+    "attn.o_proj.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.num_attention_heads * cfg.head_dim)),
+    "mlp.router.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.hidden_size)),
+    "lm_head.weight": lambda cfg: (0.0, 1.0 / math.sqrt(cfg.hidden_size)),
+}
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _nbytes(tensor: tuple[tuple[int, ...], str]) -> int:
+    return math.prod(tensor[0]) * (1 if tensor[1] == "U8" else 2)
+
+
+def _split(tensors: dict) -> list[dict]:
+    """Cut into shards of at most SHARD_BYTES, never inside a tensor."""
+    shards, room = [{}], SHARD_BYTES
+    for name, tensor in tensors.items():
+        if shards[-1] and _nbytes(tensor) > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= _nbytes(tensor)
+    return shards
+
+
+def _write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m oss_model.synthetic", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("out", metavar="OUT", help="a new or empty directory")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the model (default: tiny)")
+    parser.add_argument("--layers", type=int, metavar="N", help="number of layers, if not the size's own")
+    parser.add_argument("--experts", type=int, metavar="N", help="number of experts, if not the size's own")
+    parser.add_argument("--layout", choices=("hf", "hf-bf16", "openai"), default="hf", help="(default: hf, packed MXFP4)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        cfg = SIZES[args.size]()
+        changes = {"num_hidden_layers": args.layers, "num_experts": args.experts}
+        changes = {field: n for field, n in changes.items() if n is not None}
+        cfg = dataclasses.replace(cfg, layer_types=(), **changes)
+        write_checkpoint(args.out, cfg, args.layout, args.seed)
+    except InputError as e:
+        print("\n".join(f"error: {fault}" for fault in e.faults), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
