@@ -41,27 +41,40 @@ def bad_scales(scales: np.ndarray) -> tuple[int, tuple[int, ...]] | None:
     return len(where), tuple(int(i) for i in where[0])
 
 
-def decode(blocks: np.ndarray, scales: np.ndarray, dtype=ml_dtypes.bfloat16) -> np.ndarray:
+def scale_faults(scales: np.ndarray, where: str) -> list[str]:
+    """A line for `InputError` if `scales` has bytes that are no scale; `where` names the file and tensor."""
+    bad = bad_scales(scales)
+    if bad is None:
+        return []
+    count, index = bad
+    found = f"{count} of {scales.size} out of range, the first {scales[index]} at {list(index)}"
+    return [f"{where}: expected scale bytes 0..{MAX_SCALE}, found {found}; the file is damaged, or not MXFP4"]
+
+
+def decode(blocks: np.ndarray, scales: np.ndarray, dtype=ml_dtypes.bfloat16, out: np.ndarray | None = None) -> np.ndarray:
     """Decode on the host, exactly.
 
     Args:
       blocks: uint8 [..., groups, 16].
       scales: uint8 [..., groups].
       dtype: bfloat16 or float32.
+      out: bfloat16, contiguous, as many elements as the result: decoded into, instead of new memory.
 
     Returns:
       [..., groups * 32] in `dtype`. Subnormals (scales 0 and 1) and -0.0 are kept: this is a table, not arithmetic.
     """
     *rows, groups, width = blocks.shape
-    out = np.empty((blocks.size // width, width), np.uint32)
+    if out is None:
+        out = np.empty(blocks.size * 2, ml_dtypes.bfloat16)
+    pairs = out.reshape(-1).view(np.uint32).reshape(-1, width)
     flat_blocks, flat_scales = blocks.reshape(-1, width), scales.reshape(-1)
     table = _pair_table()
     step = 1 << 13  # 128 KiB of blocks and 512 KiB of values: what a core's cache holds
-    for start in range(0, len(out), step):
+    for start in range(0, len(pairs), step):
         piece = slice(start, start + step)
         index = flat_scales[piece, None].astype(np.intp) << 8 | flat_blocks[piece]
-        np.take(table, index, out=out[piece], mode="clip")  # "clip" writes straight to `out`; no index is out of range
-    values = out.view(ml_dtypes.bfloat16).reshape(*rows, groups * width * 2)
+        np.take(table, index, out=pairs[piece], mode="clip")  # "clip" writes straight to `out`; no index is out of range
+    values = out.reshape(*rows, groups * width * 2)
     return values if np.dtype(dtype) == ml_dtypes.bfloat16 else widen(values)
 
 

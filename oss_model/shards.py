@@ -78,14 +78,19 @@ class Shards:
         """Name -> (shape, safetensors dtype), as `layouts.check` takes it."""
         return {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Read one tensor, or a run of rows along its first axis, into a new array of the stored dtype."""
+    def read(self, name: str, rows: slice = slice(None), buffer: np.ndarray | None = None) -> np.ndarray:
+        """Read one tensor, or a run of rows along its first axis, in the stored dtype.
+
+        `buffer` (uint8, flat, large enough) is read into where one is given: a stream that reuses one does not pay
+        for fresh pages at every read. Otherwise the array is new.
+        """
         tensor = self.tensors[name]
         start, stop, _ = rows.indices(tensor.shape[0])
         row_bytes = tensor.nbytes // tensor.shape[0]
-        out = np.empty((stop - start, *tensor.shape[1:]), _DTYPES[tensor.dtype])
-        self._pread(tensor.file, out.reshape(-1).view(np.uint8), tensor.offset + start * row_bytes)
-        return out
+        nbytes = (stop - start) * row_bytes
+        out = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
+        self._pread(tensor.file, out, tensor.offset + start * row_bytes)
+        return out.view(_DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
 
     def _pread(self, file: Path, out: np.ndarray, offset: int) -> None:
         fd = self._open.get(file)
@@ -135,10 +140,10 @@ class Checkpoint:
     def entries(self) -> list[layouts.Entry]:
         return layouts.entries(self.layout, self.cfg)
 
-    def read(self, entry: layouts.Entry, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, entry: layouts.Entry, rows: slice = slice(None), buffer: np.ndarray | None = None) -> np.ndarray:
         """The parameter of `entry` (or a run along its first axis) in the checkpoint's shape and dtype."""
         start, stop, _ = rows.indices(entry.checkpoint_shape[0])
-        return self.shards.read(entry.checkpoint, slice(entry.start + start, entry.start + stop))
+        return self.shards.read(entry.checkpoint, slice(entry.start + start, entry.start + stop), buffer)
 
 
 def _read_index(path: Path, faults: list[str]) -> dict[str, str] | None:
