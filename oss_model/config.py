@@ -14,10 +14,11 @@ from oss_model.errors import InputError, raise_all
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
+EXPERT_PATHS = ("auto", "scan", "pairs", "ragged")
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(unsafe_hash=True)  # part of a module's static structure, which jit hashes
 class ModelConfig:
     """Everything the arithmetic depends on. The defaults are gpt-oss-120b.
 
@@ -51,6 +52,7 @@ class ModelConfig:
     swiglu_limit: float = 7.0
     dtype: Any = ml_dtypes.bfloat16
     param_dtype: str = "bfloat16"
+    expert_path: str = "auto"  # how expert sums are computed: see `oss_model.moe`
     use_sharding: bool = False  # annotate parameters with the partition specs of `oss_model.sharding`
 
     def __post_init__(self):
@@ -291,6 +293,8 @@ def _faults(cfg: ModelConfig) -> list[str]:
         faults.append(f"param_dtype: expected one of {', '.join(PARAM_DTYPES)}, found {cfg.param_dtype!r}")
     if cfg.dtype not in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)):
         faults.append(f"dtype: expected bfloat16 or float32, found {cfg.dtype}")
+    if cfg.expert_path not in EXPERT_PATHS:
+        faults.append(f"expert_path: expected one of {', '.join(EXPERT_PATHS)}, found {cfg.expert_path!r}")
     for name in ("hidden_size", "intermediate_size") if cfg.param_dtype == "mxfp4" else ():
         if getattr(cfg, name) % MXFP4_BLOCK:
             faults.append(f"{name}: expected a multiple of {MXFP4_BLOCK}, the MXFP4 block, found {getattr(cfg, name)}")

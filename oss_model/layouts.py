@@ -220,11 +220,20 @@ def checkpoint_shapes(layout: Layout, cfg: ModelConfig) -> dict[str, tuple[int, 
     return shapes
 
 
+def _model_entries(cfg: ModelConfig) -> list[Entry]:
+    """Entries of the layout that has `Transformer(cfg)`'s parameters one for one."""
+    return entries(HF_MXFP4 if cfg.param_dtype == "mxfp4" else HF_BF16, cfg)
+
+
+def parameter_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Name -> names of the axes of every parameter of `Transformer(cfg)`."""
+    return {e.model: tuple(axis for group in _groups(e.pattern.split("->")[1]) for axis in group) for e in _model_entries(cfg)}
+
+
 def parameters(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of every parameter of `Transformer(cfg)`: what an Orbax checkpoint of it holds."""
     floating = FLOAT32 if cfg.param_dtype == "float32" else BFLOAT16
-    layout = HF_MXFP4 if cfg.param_dtype == "mxfp4" else HF_BF16
-    return {e.model: (e.model_shape, UINT8 if e.packed else floating) for e in entries(layout, cfg)}
+    return {e.model: (e.model_shape, UINT8 if e.packed else floating) for e in _model_entries(cfg)}
 
 
 # --- recognising and checking a checkpoint ----------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""The parts the blocks are made of: linear maps, RMSNorm, rotary embedding (YaRN), sink attention, clamped SwiGLU.
+
+Letters in einsum strings: b batch, l length (queries), m length (keys), h hidden, n heads, k kv heads,
+g query heads per kv head, d head_dim, e experts, v vocab. Parameters keep their stored dtype and are cast where
+they are used; x decides the dtype computed in. Sums run in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from oss_model.config import ModelConfig
+
+Rope = tuple[Float[Array, "b l d/2"], Float[Array, "b l d/2"]]
+
+
+def param_dtype(cfg: ModelConfig) -> np.dtype:
+    """The dtype floating-point parameters are created in."""
+    return jnp.dtype("float32" if cfg.param_dtype == "float32" else "bfloat16")
+
+
+def contract(spec: str, x: Array, y: Array) -> Array:
+    """einsum with float32 sums and result. float32 operands are multiplied as such on every backend (no TF32)."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+class Linear(nnx.Module):
+    """W·x + b along the axes that `spec` names; weights keep the checkpoint's [out, in] order."""
+
+    def __init__(self, spec: str, weight: tuple[int, ...], bias: tuple[int, ...] | None, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), weight, param_dtype(cfg)))
+        self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, param_dtype(cfg)))
+
+    def __call__(self, x: Float[Array, "b l *i"]) -> Float[Array, "b l *o"]:
+        y = contract(self.spec, x, self.weight[...].astype(x.dtype))
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)[None, None]
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.dtype = cfg.dtype
+        shape = (cfg.vocab_size, cfg.hidden_size)
+        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype(cfg)))
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
+        """A token outside the vocabulary gives NaN rather than somebody else's embedding."""
+        return jnp.take(self.weight[...], tokens, axis=0, mode="fill").astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale, all in float32, then cast: not Llama's order, which casts before it multiplies."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.eps = cfg.rms_norm_eps
+        self.scale = nnx.Param(jnp.ones(cfg.hidden_size, param_dtype(cfg)))
+
+    def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
+        f = x.astype(jnp.float32)
+        f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+        return (f * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+
+
+class RotaryEmbedding(nnx.Module):
+    """Rotary position embedding (arXiv:2104.09864) with YaRN's frequencies (arXiv:2309.00071, §3.2 and §3.4)."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg  # tables are computed where they are used: an array here would become part of the checkpoint
+
+    @property
+    def inv_freq(self) -> np.ndarray:
+        """float32 [head_dim / 2]: radians a position. Operations and their order are the reference's, in float32."""
+        cfg, half = self.cfg, self.cfg.head_dim // 2
+        pos = np.float32(cfg.rope_theta ** (np.arange(half) * 2 / cfg.head_dim))
+        low, high = (self._dim_of(turns) for turns in (cfg.rope_beta_fast, cfg.rope_beta_slow))
+        if cfg.rope_truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, cfg.head_dim - 1)
+        high += 0.001 * (low == high)
+        ramp = np.clip((np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+        keep = 1 - ramp  # the share of each frequency that is not interpolated
+        return 1 / (np.float32(cfg.rope_factor) * pos) * (1 - keep) + 1 / pos * keep
+
+    def _dim_of(self, turns: float) -> float:
+        """The pair of dimensions that makes this many full turns over the original context."""
+        cfg = self.cfg
+        ratio = cfg.rope_original_max_position_embeddings / (turns * 2 * math.pi)
+        return cfg.head_dim / 2 * math.log(ratio) / math.log(cfg.rope_theta)
+
+    @property
+    def concentration(self) -> float:
+        """YaRN's attention temperature, multiplied into cos and sin."""
+        return 0.1 * math.log(self.cfg.rope_factor) + 1.0 if self.cfg.rope_factor > 1 else 1.0
+
+    def __call__(self, positions: Int[Array, "b l"]) -> Rope:
+        """cos and sin of every position's angles, in the dtype computed in; the angles themselves are float32."""
+        angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(self.inv_freq)[None, None]
+        return tuple((f(angle) * self.concentration).astype(self.cfg.dtype) for f in (jnp.cos, jnp.sin))
+
+
+def rotate(x: Float[Array, "b l n d"], rope: Rope) -> Float[Array, "b l n d"]:
+    """Rotate pairs (i, i + head_dim/2): halves, not neighbours."""
+    cos, sin = (table[:, :, None] for table in rope)
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def visibility(queries: Int[Array, "b l"], keys: Int[Array, "b m"], window: int | None) -> Bool[Array, "b l m"]:
+    """Which keys a query sees, by position: itself and what came before, at most `window` of them.
+
+    A negative position is padding: nobody sees it.
+    """
+    ahead = queries[:, :, None] - keys[:, None, :]
+    seen = (ahead >= 0) & (keys >= 0)[:, None, :]
+    return seen if window is None else seen & (ahead < window)
+
+
+def sink_attention(
+    q: Float[Array, "b l n d"],
+    k: Float[Array, "b m k d"],
+    v: Float[Array, "b m k d"],
+    sinks: Float[Array, " n"],
+    visible: Bool[Array, "b l m"],
+) -> Float[Array, "b l n d"]:
+    """Grouped-query attention with one more logit a head, the sink, that takes probability and gives no value."""
+    (b, l, n, d), kv = q.shape, k.shape[2]
+    logits = contract("blkgd,bmkd->bkglm", q.reshape(b, l, kv, n // kv, d), k) * d**-0.5
+    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
+    sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
+    # A query that sees no key (padding) still has the sink to subtract, so nothing becomes NaN.
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), sink))
+    weights = jnp.exp(logits - top)
+    weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
+    return contract("bkglm,bmkd->blkgd", weights.astype(q.dtype), v).astype(q.dtype).reshape(b, l, n, d)
+
+
+def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
+    """(up + 1) · gate · sigmoid(alpha · gate), both clamped: the gate only from above (gpt_oss/torch/model.py).
+
+    In bfloat16 the sigmoid's argument and result are rounded where torch rounds them.
+    """
+    gate = jnp.minimum(gate, cfg.swiglu_limit)
+    up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
+    scaled = (gate.astype(jnp.float32) * cfg.swiglu_alpha).astype(gate.dtype)
+    return (up + 1) * (gate * jax.nn.sigmoid(scaled.astype(jnp.float32)).astype(gate.dtype))

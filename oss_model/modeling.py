@@ -1,0 +1,121 @@
+"""gpt-oss, read top to bottom: attention, mixture of experts, block, model.
+
+Each block owns its norm and its residual, so the whole forward pass is a loop over blocks. `tap` marks the values
+that can be watched from outside (`oss_model.taps`); it changes nothing.
+
+b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i intermediate, v vocab.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from oss_model import sharding
+from oss_model.config import SLIDING, ModelConfig
+from oss_model.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    Rope,
+    RotaryEmbedding,
+    param_dtype,
+    rotate,
+    sink_attention,
+    visibility,
+)
+from oss_model.moe import choose, expert_linear, experts, weigh
+from oss_model.taps import tap
+
+
+class AttentionBlock(nnx.Module):
+    """x + attention(norm(x)): grouped queries, a sink a head, and in sliding layers a window."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+        heads, kv, dim, hidden = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
+        self.layer = layer
+        self.window = cfg.sliding_window if cfg.layer_types[layer] == SLIDING else None
+        self.norm = RMSNorm(cfg)
+        self.q_proj = Linear("blh,ndh->blnd", (heads, dim, hidden), (heads, dim), cfg, rngs=rngs)
+        self.k_proj = Linear("blh,kdh->blkd", (kv, dim, hidden), (kv, dim), cfg, rngs=rngs)
+        self.v_proj = Linear("blh,kdh->blkd", (kv, dim, hidden), (kv, dim), cfg, rngs=rngs)
+        self.o_proj = Linear("blnd,hnd->blh", (hidden, heads, dim), (hidden,), cfg, rngs=rngs)
+        self.sinks = nnx.Param(jnp.zeros(heads, param_dtype(cfg)))
+
+    def __call__(self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope) -> Float[Array, "b l h"]:
+        mark = functools.partial(tap, self.layer)
+        y = mark("attn_norm", self.norm(x))
+        q, k, v = mark("q", self.q_proj(y)), mark("k", self.k_proj(y)), mark("v", self.v_proj(y))
+        q, k = mark("q_rope", rotate(q, rope)), mark("k_rope", rotate(k, rope))
+        visible = visibility(positions, positions, self.window)
+        core = mark("attn_core", sink_attention(q, k, v, self.sinks[...], visible))
+        return x + mark("attn_out", self.o_proj(core))
+
+
+class MLPBlock(nnx.Module):
+    """x + experts(norm(x)): every token goes to its k best experts."""
+
+    def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+        self.cfg, self.layer = cfg, layer
+        self.norm = RMSNorm(cfg)
+        self.router = Linear("blh,eh->ble", (cfg.num_experts, cfg.hidden_size), (cfg.num_experts,), cfg, rngs=rngs)
+        self.gate_up = expert_linear((2, cfg.intermediate_size), cfg.hidden_size, cfg, rngs=rngs)
+        self.down = expert_linear((cfg.hidden_size,), cfg.intermediate_size, cfg, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
+        mark = functools.partial(tap, self.layer)
+        b, l, h = x.shape
+        y = mark("mlp_norm", self.norm(x))
+        logits = mark("router_logits", self.router(y).reshape(b * l, -1))
+        choice = mark("expert_choice", choose(logits, self.cfg.num_experts_per_tok))
+        weights = mark("expert_weights", weigh(logits, choice))
+        out = experts(y.reshape(b * l, h), choice, weights, self.gate_up, self.down, self.cfg)
+        return x + mark("mlp_out", out.reshape(b, l, h))
+
+
+class TransformerBlock(nnx.Module):
+    def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
+        self.layer = layer
+        self.attn = AttentionBlock(cfg, layer, rngs=rngs)
+        self.mlp = MLPBlock(cfg, layer, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope) -> Float[Array, "b l h"]:
+        return tap(self.layer, "layer_out", self.mlp(self.attn(x, positions, rope)))
+
+
+class Transformer(nnx.Module):
+    """gpt-oss: `logits = model(tokens)`.
+
+    Made with `rngs`, its parameters are random; `params.create_model_from_checkpoint` makes a trained one.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embedding = Embedding(cfg, rngs=rngs)
+        self.rope = RotaryEmbedding(cfg)
+        self.layers = nnx.List([TransformerBlock(cfg, n, rngs=rngs) for n in range(cfg.num_hidden_layers)])
+        self.norm = RMSNorm(cfg)
+        self.lm_head = Linear("blh,vh->blv", (cfg.vocab_size, cfg.hidden_size), None, cfg, rngs=rngs)
+        if cfg.use_sharding:
+            sharding.annotate(self)
+
+    def __call__(self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None) -> Float[Array, "b l v"]:
+        """Logits of the next token at every place, in `cfg.dtype`.
+
+        Args:
+          tokens: int32 [batch, length].
+          positions: int32 [batch, length]; 0, 1, 2, … if not given. A negative position marks padding.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        x, rope = self.embed(tokens), self.rope(positions)
+        for block in self.layers:
+            x = block(x, positions, rope)
+        return self.unembed(x)
+
+    def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
+        return tap(None, "embedding", self.embedding(tokens))
+
+    def unembed(self, x: Float[Array, "b l h"]) -> Float[Array, "b l v"]:
+        return tap(None, "logits", self.lm_head(tap(None, "final_norm", self.norm(x))))

@@ -1,0 +1,155 @@
+"""From a checkpoint on disk to a `Transformer`: our Orbax checkpoint, or a safetensors directory as published."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from oss_model import layouts, mxfp4
+from oss_model.config import ModelConfig
+from oss_model.errors import InputError, raise_all
+from oss_model.modeling import Transformer
+from oss_model.sharding import shardings
+from oss_model.shards import Checkpoint
+
+
+def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelConfig, mesh: Mesh | None = None) -> Transformer:
+    """Load a model.
+
+    Args:
+      checkpoint_path: an Orbax checkpoint written by convert-oss, or a safetensors directory in any of the three
+        layouts.
+      cfg: the model's configuration. Parameters keep the dtype the Orbax checkpoint stores them in; from safetensors
+        `cfg.param_dtype` says how MXFP4 experts are held. They are cast to `cfg.dtype` where they are used.
+      mesh: devices to place the parameters on, cut as `oss_model.sharding` says; the default device if None.
+
+    Raises:
+      InputError: naming everything that is missing, unexpected or misshaped.
+    """
+    path = Path(checkpoint_path).absolute()
+    if is_orbax(path):
+        return _from_orbax(path, cfg, mesh)
+    return _from_safetensors(Checkpoint(path), cfg, mesh)
+
+
+def is_orbax(path: str | os.PathLike) -> bool:
+    return (Path(path) / "_METADATA").is_file()
+
+
+def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and its state with a `jax.ShapeDtypeStruct` (sharded on `mesh`) a parameter."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
+    placed = {} if mesh is None else shardings(cfg, mesh)
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
+        variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed.get(parameter_name(path))))
+    return graphdef, state
+
+
+def parameter_name(path: tuple) -> str:
+    """A path in `nnx.state(model)` as the name used in `oss_model.layouts`: layers.0.attn.sinks"""
+    return ".".join(str(part) for part in path)
+
+
+def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of every parameter of an Orbax checkpoint, from its metadata.
+
+    Raises:
+      InputError: if it cannot be read, or its tree is not that of a model state.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointer().metadata(Path(path).absolute()).item_metadata.tree
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise InputError(f"{path}: expected an Orbax checkpoint, found one whose metadata is unreadable ({e})") from None
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    found = {}
+    for keys, leaf in leaves:
+        *name, last = (str(getattr(key, "key", key)) for key in keys)
+        if last != "value":
+            raise InputError(f"{path}: expected the tree of nnx.state(Transformer), found a leaf {'.'.join([*name, last])}")
+        found[".".join(name)] = (tuple(leaf.shape), np.dtype(leaf.dtype))
+    return found
+
+
+def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, np.dtype]]:
+    """`cfg` with the `param_dtype` of an Orbax checkpoint, and each parameter's stored dtype.
+
+    Raises:
+      InputError: naming every parameter that `cfg` needs and the checkpoint lacks, or the other way, or misshaped.
+    """
+    found = stored_parameters(path)
+    dtypes = {name: dtype for name, (_, dtype) in found.items()}
+    packed = any(name.endswith(".blocks") for name in found)
+    floating = {dtype for dtype in dtypes.values() if dtype != layouts.UINT8}
+    param_dtype = "mxfp4" if packed else "float32" if floating == {layouts.FLOAT32} else "bfloat16"
+    cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
+    expected = layouts.parameters(cfg)
+    faults = _mismatches(path, expected, found)
+    for name in found.keys() & expected.keys():
+        if (dtypes[name] == layouts.UINT8) != (expected[name][1] == layouts.UINT8):
+            faults.append(f"{path}: {name}: expected dtype {expected[name][1]}, found {dtypes[name]}")
+    raise_all(faults)
+    return cfg, dtypes
+
+
+def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[str]:
+    """Compare two dicts of name -> (shape, dtype), by name and shape; one line a difference."""
+    faults = [
+        f"{path}: {name}: missing; cfg needs it. Is cfg that of this checkpoint?" for name in expected if name not in found
+    ]
+    for name, (shape, _) in found.items():
+        if name not in expected:
+            faults.append(f"{path}: {name}: unexpected; cfg has no such parameter. Is cfg that of this checkpoint?")
+        elif shape != expected[name][0]:
+            faults.append(f"{path}: {name}: expected shape {list(expected[name][0])} by cfg, found {list(shape)}")
+    return faults
+
+
+def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
+    cfg, dtypes = as_stored(path, cfg)
+    graphdef, state = abstract_model(cfg, mesh)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for keys, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
+        dtype = dtypes[parameter_name(keys)]
+        variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return nnx.merge(graphdef, checkpointer.restore(path, state))
+
+
+def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
+    if cfg.param_dtype == "mxfp4" and not source.layout.packed:
+        raise InputError(f"{source.directory}: {source.layout.title} has no packed experts; use param_dtype='bfloat16'")
+    graphdef, state = abstract_model(cfg, mesh)
+    variables = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}
+    held = dataclasses.replace(source.cfg, param_dtype=cfg.param_dtype)
+    raise_all(_mismatches(source.directory, layouts.parameters(cfg), layouts.parameters(held)))
+    with source.shards:
+        for name, value in _values(source, cfg.param_dtype):
+            variables[name].set_value(jax.device_put(value, variables[name].get_value().sharding))
+    return nnx.merge(graphdef, state)
+
+
+def _values(source: Checkpoint, param_dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array) of every parameter, one at a time."""
+    floating = layouts.FLOAT32 if param_dtype == "float32" else layouts.BFLOAT16
+    blocks: dict[str, np.ndarray] = {}
+    for entry in source.entries():
+        value = entry.to_model(source.read(entry))
+        stem, _, kind = entry.model.rpartition(".")
+        if kind == "scales":
+            raise_all(mxfp4.scale_faults(value, f"{source.directory}: {entry.checkpoint}"))
+        if not entry.packed:
+            yield entry.model, mxfp4.widen(value) if value.dtype != floating == layouts.FLOAT32 else value
+        elif param_dtype == "mxfp4":
+            yield entry.model, value
+        elif kind == "blocks":
+            blocks[stem] = value
+        else:
+            yield f"{stem}.weight", mxfp4.decode(blocks.pop(stem), value, floating)
