@@ -1,0 +1,132 @@
+"""The Orbax checkpoint on disk: zarr3 arrays written as plain files, with Orbax's own metadata beside them.
+
+A chunk file is zarr3's `bytes` + `crc32c`: the values in C order, little-endian, and four bytes of checksum
+(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/crc32c/). Writing it directly is faster than any library
+between us and the file, and a file that is whole can be told from one that is not.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+from converter.plan import CHECKSUM_BYTES, Chunk, Target
+
+MANIFEST = "conversion.json"
+METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
+
+
+class Store:
+    """A checkpoint's directory while it is written, or afterwards."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def write_array(self, target: Target) -> None:
+        """Describe an array: its directory and zarr.json."""
+        directory = self.directory / target.directory
+        (directory / "c").mkdir(parents=True, exist_ok=True)
+        floating = target.dtype != np.uint8
+        description = {
+            "chunk_grid": {"configuration": {"chunk_shape": list(target.chunk_shape)}, "name": "regular"},
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [
+                {"name": "bytes"} | ({"configuration": {"endian": "little"}} if floating else {}),
+                {"name": "crc32c"},
+            ],
+            "data_type": target.dtype.name,
+            "fill_value": 0.0 if floating else 0,
+            "node_type": "array",
+            "shape": list(target.shape),
+            "zarr_format": 3,
+        }
+        write_file(directory / "zarr.json", json.dumps(description, separators=(",", ":")).encode())
+
+    def write_chunk(self, chunk: Chunk, pieces: Iterable[np.ndarray]) -> bytes:
+        """Write one chunk's file, an all-zero one too: readers take a missing file for an error. Returns its xxh3_128."""
+        path = self.directory / chunk.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        crc, digest = 0, xxhash.xxh3_128()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for piece in pieces:
+                data = piece.reshape(-1).view(np.uint8)
+                crc = crc32c(crc, data)
+                digest.update(data.data)
+                _write(fd, data.data)
+            _write(fd, memoryview(crc.to_bytes(CHECKSUM_BYTES, "little")))
+            # Starts the disk on these pages, without waiting for it: the fsync at the end then finds little to do.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        return digest.digest()
+
+    def write_metadata(self, targets: Iterable[Target]) -> None:
+        """`_METADATA` and `_CHECKPOINT_METADATA`: taken from a small checkpoint of the same tree that Orbax saves."""
+        tree: dict = {}
+        for target in targets:
+            *path, leaf = target.key_path
+            node = tree
+            for key in path:
+                node = node.setdefault(key, {})
+            node[leaf] = np.zeros(1, np.uint8)  # neither file says anything about shape or dtype
+        with tempfile.TemporaryDirectory(prefix="convert-oss-") as scratch:
+            _save_with_orbax(Path(scratch) / "skeleton", tree)
+            for name in METADATA:
+                write_file(self.directory / name, (Path(scratch) / "skeleton" / name).read_bytes())
+
+    def sync(self, targets: Iterable[Target]) -> None:
+        """Wait until every file and directory is on the disk."""
+        for directory, _, files in os.walk(self.directory, topdown=False):
+            for name in files:
+                sync(Path(directory) / name)
+            sync(Path(directory))
+
+
+def _save_with_orbax(path: Path, tree: dict) -> None:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # warns that there is nothing to merge
+    try:
+        import orbax.checkpoint as ocp
+
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, tree)
+    finally:
+        logger.setLevel(level)
+
+
+def crc32c(crc: int, data: np.ndarray) -> int:
+    """Go on from `crc` with `data` (uint8, flat)."""
+    # Declared for bytes, but any array is taken, without a copy; a memoryview is not.
+    return google_crc32c.extend(crc, data)  # type: ignore[arg-type]
+
+
+def _write(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def copy_file(source: Path, directory: Path) -> None:
+    shutil.copyfile(source, directory / source.name)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
