@@ -102,7 +102,8 @@ class RotaryEmbedding(nnx.Module):
     def __call__(self, positions: Int[Array, "b l"]) -> Rope:
         """cos and sin of every position's angles, in the dtype computed in; the angles themselves are float32."""
         angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(self.inv_freq)[None, None]
-        return tuple((f(angle) * self.concentration).astype(self.cfg.dtype) for f in (jnp.cos, jnp.sin))
+        cos, sin = ((f(angle) * self.concentration).astype(self.cfg.dtype) for f in (jnp.cos, jnp.sin))
+        return cos, sin
 
 
 def rotate(x: Float[Array, "b l n d"], rope: Rope) -> Float[Array, "b l n d"]:
@@ -130,15 +131,15 @@ def sink_attention(
     visible: Bool[Array, "b l m"],
 ) -> Float[Array, "b l n d"]:
     """Grouped-query attention with one more logit a head, the sink, that takes probability and gives no value."""
-    (b, l, n, d), kv = q.shape, k.shape[2]
-    logits = contract("blkgd,bmkd->bkglm", q.reshape(b, l, kv, n // kv, d), k) * d**-0.5
+    (batch, length, n, d), kv = q.shape, k.shape[2]
+    logits = contract("blkgd,bmkd->bkglm", q.reshape(batch, length, kv, n // kv, d), k) * d**-0.5
     logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
     sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
     # A query that sees no key (padding) still has the sink to subtract, so nothing becomes NaN.
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), sink))
     weights = jnp.exp(logits - top)
     weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
-    return contract("bkglm,bmkd->blkgd", weights.astype(q.dtype), v).astype(q.dtype).reshape(b, l, n, d)
+    return contract("bkglm,bmkd->blkgd", weights.astype(q.dtype), v).astype(q.dtype).reshape(q.shape)
 
 
 def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:

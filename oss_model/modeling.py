@@ -65,13 +65,12 @@ class MLPBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
         mark = functools.partial(tap, self.layer)
-        b, l, h = x.shape
         y = mark("mlp_norm", self.norm(x))
-        logits = mark("router_logits", self.router(y).reshape(b * l, -1))
+        logits = mark("router_logits", self.router(y).reshape(-1, self.cfg.num_experts))
         choice = mark("expert_choice", choose(logits, self.cfg.num_experts_per_tok))
         weights = mark("expert_weights", weigh(logits, choice))
-        out = experts(y.reshape(b * l, h), choice, weights, self.gate_up, self.down, self.cfg)
-        return x + mark("mlp_out", out.reshape(b, l, h))
+        out = experts(y.reshape(-1, y.shape[-1]), choice, weights, self.gate_up, self.down, self.cfg)
+        return x + mark("mlp_out", out.reshape(x.shape))
 
 
 class TransformerBlock(nnx.Module):
@@ -98,7 +97,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(cfg)
         self.lm_head = Linear("blh,vh->blv", (cfg.vocab_size, cfg.hidden_size), None, cfg, rngs=rngs)
         if cfg.use_sharding:
-            sharding.annotate(self)
+            sharding.annotate(self, cfg)
 
     def __call__(self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None) -> Float[Array, "b l v"]:
         """Logits of the next token at every place, in `cfg.dtype`.

@@ -7,6 +7,7 @@ for some codes, and 255 is NaN, so these three are rejected where a checkpoint i
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ def scale_faults(scales: np.ndarray, where: str) -> list[str]:
     return [f"{where}: expected scale bytes 0..{MAX_SCALE}, found {found}; the file is damaged, or not MXFP4"]
 
 
-def decode(blocks: np.ndarray, scales: np.ndarray, dtype=ml_dtypes.bfloat16, out: np.ndarray | None = None) -> np.ndarray:
+def decode(
+    blocks: np.ndarray, scales: np.ndarray, dtype: Any = ml_dtypes.bfloat16, out: np.ndarray | None = None
+) -> np.ndarray:
     """Decode on the host, exactly.
 
     Args:

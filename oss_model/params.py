@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,8 @@ def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...
       InputError: if it cannot be read, or its tree is not that of a model state.
     """
     try:
-        tree = ocp.PyTreeCheckpointer().metadata(Path(path).absolute()).item_metadata.tree
+        tree: Any = ocp.PyTreeCheckpointer().metadata(Path(path).absolute()).item_metadata
+        tree = tree.tree
     except (OSError, ValueError, KeyError, AttributeError) as e:
         raise InputError(f"{path}: expected an Orbax checkpoint, found one whose metadata is unreadable ({e})") from None
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
@@ -105,7 +107,7 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
     ]
     for name, (shape, _) in found.items():
         if name not in expected:
-            faults.append(f"{path}: {name}: unexpected; cfg has no such parameter. Is cfg that of this checkpoint?")
+            faults.append(f"{path}: {name}: unexpected; cfg has no such parameter: {which}")
         elif shape != expected[name][0]:
             faults.append(f"{path}: {name}: expected shape {list(expected[name][0])} by cfg, found {list(shape)}")
     return faults

@@ -38,7 +38,8 @@ def partition_specs(cfg: ModelConfig, mesh_shape: Mapping[str, int] | None = Non
         shape = [cfg.axes[axis] for axis in axes]
         wanted = [RULES.get(axis) for axis in axes]
         if mesh_shape is not None:
-            wanted = [m if m in mesh_shape and n % mesh_shape[m] == 0 else None for m, n in zip(wanted, shape, strict=True)]
+            parts = [mesh_shape.get(m, 0) if m else 0 for m in wanted]
+            wanted = [m if p and n % p == 0 else None for m, n, p in zip(wanted, shape, parts, strict=True)]
         specs[name] = PartitionSpec(*wanted)
     return specs
 
@@ -48,8 +49,8 @@ def shardings(cfg: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, spec) for name, spec in partition_specs(cfg, mesh.shape).items()}
 
 
-def annotate(model: nnx.Module) -> None:
+def annotate(model: nnx.Module, cfg: ModelConfig) -> None:
     """Note every parameter's PartitionSpec in its metadata, where `nnx.get_partition_spec` finds it."""
-    specs = partition_specs(model.cfg)
+    specs = partition_specs(cfg)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         variable.set_metadata(out_sharding=specs[".".join(map(str, path))])

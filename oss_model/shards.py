@@ -96,7 +96,7 @@ class Shards:
         fd = self._open.get(file)
         if fd is None:
             fd = self._open.setdefault(file, os.open(file, os.O_RDONLY))
-        view = memoryview(out)
+        view = memoryview(out.data)
         while view:
             count = os.preadv(fd, [view[: 1 << 30]], offset)
             if not count:
@@ -202,7 +202,8 @@ def write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], str]], pie
       tensors: name -> (shape, safetensors dtype), in the order of `pieces`.
       pieces: an iterable of arrays: the data of all tensors one after the other, each in any number of pieces.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, (shape, dtype) in tensors.items():
         end = offset + math.prod(shape) * _DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}

@@ -140,8 +140,8 @@ def openai_config(cfg: ModelConfig) -> dict:
 
 def _pieces(entry: layouts.Entry, cfg: ModelConfig, seed: int) -> Iterator[np.ndarray]:
     """The values of one parameter, in the checkpoint's orientation, a run of its first axis at a time."""
-    shape = entry.model_shape
-    if entry.pattern.startswith("experts") and len(shape) > 2:
+    shape: tuple[int, ...] = entry.model_shape
+    if entry.pattern.startswith("experts") and shape[2:]:
         step = 1
     elif entry.checkpoint_shape == shape:
         step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * 2))
@@ -197,9 +197,10 @@ def _nbytes(tensor: tuple[tuple[int, ...], str]) -> int:
     return math.prod(tensor[0]) * (1 if tensor[1] == "U8" else 2)
 
 
-def _split(tensors: dict) -> list[dict]:
+def _split(tensors: dict[str, tuple[tuple[int, ...], str]]) -> list[dict[str, tuple[tuple[int, ...], str]]]:
     """Cut into shards of at most SHARD_BYTES, never inside a tensor."""
-    shards, room = [{}], SHARD_BYTES
+    shards: list[dict[str, tuple[tuple[int, ...], str]]] = [{}]
+    room = SHARD_BYTES
     for name, tensor in tensors.items():
         if shards[-1] and _nbytes(tensor) > room:
             shards.append({})
@@ -214,7 +215,7 @@ def _write_json(path: Path, data: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m oss_model.synthetic", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m oss_model.synthetic", description="Write a seeded gpt-oss checkpoint.")
     parser.add_argument("out", metavar="OUT", help="a new or empty directory")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the model (default: tiny)")
     parser.add_argument("--layers", type=int, metavar="N", help="number of layers, if not the size's own")

@@ -1,0 +1,82 @@
+"""The numbers parity is judged by, and the bounds they are held to. NumPy only."""
+
+import numpy as np
+
+# Worst token's relative L2 error of one component, float32 both sides, inputs forced. A right port measured 4e-6 or
+# less over 84 checks, and 33 of 34 injected faults 5.7e-3 or more (the other is numerically equivalent).
+SEMANTICS_GATE = 1e-4
+# Whole-model float32 logits, max |difference| over max |logit|, the reference's routing replayed: ten times the
+# worst of 16 seeds over 4 to 24 layers (5e-6). Routing, wiring and scale faults are five orders above it.
+FREE_RUN_GATE = 5e-5
+# cos and sin, |difference| over (1 + angle). The frequencies come out of pow, which libraries round differently in
+# the last two places (2.4e-7), each side rounds the angle (1.2e-7), and YaRN's concentration multiplies (1.35).
+ROPE_GATE = 1e-6
+# Two experts whose reference logits are this much closer than the candidate's logit noise may change places.
+FLIP_MARGIN = 4.0
+
+
+def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """Relative L2 error of each token.
+
+    Args:
+      got, want: [batch, length, ...], all further axes one token's.
+
+    Returns:
+      float64 [batch, length]. NaN or infinity anywhere in a token of `got` gives infinity.
+    """
+    got = got.reshape(*got.shape[:2], -1).astype(np.float64)
+    want = want.reshape(*want.shape[:2], -1).astype(np.float64)
+    error = np.linalg.norm(got - want, axis=-1)
+    size = np.linalg.norm(want, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(error == 0, 0.0, error / size)
+    return np.where(np.isfinite(relative), relative, np.inf)
+
+
+def kl(want_logits: np.ndarray, got_logits: np.ndarray) -> np.ndarray:
+    """KL(reference || candidate) in nats at each place; logits [batch, length, vocab] -> float64 [batch, length]."""
+    want, got = (_log_softmax(logits.astype(np.float64)) for logits in (want_logits, got_logits))
+    return np.sum(np.exp(want) * (want - got), axis=-1)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def free_run(want: np.ndarray, got: np.ndarray) -> dict[str, float]:
+    """How far logits [batch, length, vocab] are apart, as numbers for the report."""
+    divergence = kl(want, got)
+    worst = float(np.abs(got.astype(np.float64) - want).max())
+    return {
+        "max_abs": worst,
+        "max_logit": float(np.abs(want).max()),
+        "kl_mean": float(divergence.mean()),
+        "kl_p95": float(np.quantile(divergence, 0.95)),
+        "kl_max": float(divergence.max()),
+        "top1": float((want.argmax(-1) == got.argmax(-1)).mean()),
+    }
+
+
+def flips(
+    want_logits: np.ndarray, want_choice: np.ndarray, got_logits: np.ndarray, got_choice: np.ndarray
+) -> list[dict[str, object]]:
+    """Tokens whose set of experts differs, each with the margin that explains it or not.
+
+    A flip is explained when the reference's logits of the expert it lost and the one it took differ by no more than
+    FLIP_MARGIN times the largest difference between the two sides' logits of that token: then noise decides.
+
+    Args:
+      want_logits, got_logits: [tokens, experts]. want_choice, got_choice: [tokens, k].
+    """
+    found = []
+    for token in np.flatnonzero((np.sort(want_choice, -1) != np.sort(got_choice, -1)).any(-1)):
+        lost = sorted(set(want_choice[token].tolist()) - set(got_choice[token].tolist()))
+        took = sorted(set(got_choice[token].tolist()) - set(want_choice[token].tolist()))
+        logits = want_logits[token].astype(np.float64)
+        margin = float(max(logits[lost]) - min(logits[took])) if lost and took else float("inf")
+        noise = float(np.abs(got_logits[token].astype(np.float64) - logits).max())
+        found.append(
+            {"token": int(token), "lost": lost, "took": took, "margin": margin, "explained": margin <= FLIP_MARGIN * noise}
+        )
+    return found

@@ -1,0 +1,182 @@
+"""What a comparison found, and how it is shown: a table of about a screen, and one JSON object."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from oss_model.taps import LAYER_TAPS
+
+EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
+
+
+@dataclasses.dataclass
+class Weight:
+    """One parameter: `note` says how it differs, and is empty where it is bit-exact."""
+
+    name: str
+    note: str = ""
+
+    @property
+    def layer(self) -> int | None:
+        return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
+
+
+@dataclasses.dataclass
+class TapResult:
+    """One component of one layer, fed the reference's own input.
+
+    `worst_token_rel_l2` is the number judged; `port_over_reference` is filled by the precision arm.
+    """
+
+    layer: int | None
+    tap: str
+    worst_token_rel_l2: float
+    max_abs: float
+    verdict: str  # "ok", "fail" or "incomplete"
+    note: str = ""
+    port_over_reference: float | None = None
+
+
+@dataclasses.dataclass
+class Report:
+    source: str
+    checkpoint: str
+    model: str
+    tokens: int
+    seed: int
+    layers: bool = False  # was the semantics arm asked for?
+    weights: list[Weight] = dataclasses.field(default_factory=list)
+    taps: list[TapResult] = dataclasses.field(default_factory=list)
+    free_run: dict[str, Any] | None = None
+    flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
+    peak_rss_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        bad_weights = any(weight.note for weight in self.weights)
+        bad_taps = any(tap.verdict == "fail" for tap in self.taps)
+        bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
+        if bad_weights or bad_taps or bad_run:
+            return "fail"
+        return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT[self.verdict]
+
+    @property
+    def first_divergence(self) -> dict[str, Any] | None:
+        """Where it first goes wrong: of the semantics arm, else of the weights, else at the logits of the free run."""
+        for tap in self.taps:
+            if tap.verdict == "fail":
+                return {"layer": tap.layer, "tap": tap.tap}
+        for weight in self.weights:
+            if weight.note:
+                return {"layer": weight.layer, "tap": "weights"}
+        if self.free_run is not None and self.free_run["verdict"] == "fail":
+            return {"layer": None, "tap": "logits"}
+        return None
+
+    def to_json(self) -> str:
+        differing = [dataclasses.asdict(weight) for weight in self.weights if weight.note]
+        found = {
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "first_divergence": self.first_divergence,
+            "diagnosis": None,
+            "source": self.source,
+            "checkpoint": self.checkpoint,
+            "tokens": self.tokens,
+            "seed": self.seed,
+            "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
+            "taps": [dataclasses.asdict(tap) for tap in self.taps],
+            "free_run": self.free_run,
+            "flips": self.flips,
+            "incomplete": self.incomplete,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "seconds": self.seconds,
+        }
+        return json.dumps(found, indent=2, allow_nan=False)
+
+    def table(self) -> str:
+        return "\n".join(_table(self))
+
+
+_COLUMNS = "{:<9} {:<18} {:<12} {:<36} {}"
+
+
+def _table(report: Report) -> Iterable[str]:
+    arms = "check-parity --layers" if report.layers else "check-parity"
+    yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
+    exact = sum(not weight.note for weight in report.weights)
+    verdict = "ok" if exact == len(report.weights) else "FAIL"
+    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "bit-exact, decoded by transformers", verdict)
+    differing = [weight for weight in report.weights if weight.note]
+    for weight in differing[:8]:
+        yield f"          {weight.name}: {weight.note}"
+    if len(differing) > 8:
+        yield f"          ... and {len(differing) - 8} more: --json FILE names each"
+    if report.taps:
+        yield _COLUMNS.format("layer", "tap", "worst token", "note", "verdict")
+        yield from _tap_rows(report)
+    if report.free_run is not None:
+        yield from _free_run_rows(report)
+    for reason in report.incomplete:
+        yield f"incomplete: {reason}"
+    where = report.first_divergence
+    if where is not None:
+        place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
+        yield f"first divergence: {place}, {where['tap']}"
+    yield f"{report.verdict.upper()}   {report.seconds:.1f} s   peak memory {report.peak_rss_bytes / 2**30:.1f} GiB"
+
+
+def _tap_rows(report: Report) -> Iterable[str]:
+    """Consecutive layers that are healthy throughout fold into one row, and so do healthy taps of a bad layer."""
+    by_layer = [(layer, list(taps)) for layer, taps in itertools.groupby(report.taps, key=lambda tap: tap.layer)]
+    marked = False
+    for folded, stretch in itertools.groupby(by_layer, key=lambda item: item[0] is not None and _healthy(item[1])):
+        if folded:
+            layers = list(stretch)
+            yield _row(_span([layer for layer, _ in layers]), [tap for _, taps in layers for tap in taps])
+            continue
+        for layer, taps in stretch:
+            for healthy, group in itertools.groupby(taps, key=lambda tap: tap.verdict == "ok"):
+                members = list(group)
+                for row in [members] if healthy else [[tap] for tap in members]:
+                    first = not marked and row[0].verdict == "fail"
+                    marked = marked or first
+                    yield _row("model" if layer is None else str(layer), row) + ("  <- first" if first else "")
+
+
+def _row(layer: str, taps: list[TapResult]) -> str:
+    worst = max(taps, key=lambda tap: tap.worst_token_rel_l2)
+    names = list(dict.fromkeys(tap.tap for tap in taps))
+    everything = len(names) == len(LAYER_TAPS)
+    tap = f"all {len(names)} taps" if everything else names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+    notes = dict.fromkeys(tap.note for tap in taps if tap.note)
+    verdict = "ok" if worst.verdict == "ok" else worst.verdict.upper() if worst.verdict == "fail" else worst.verdict
+    times = f" x{len(taps)}" if len(taps) > 1 else ""
+    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", "; ".join(notes)[:60], verdict + times)
+
+
+def _free_run_rows(report: Report) -> Iterable[str]:
+    assert report.free_run is not None
+    for name, run in (("routing replayed", report.free_run), ("own routing", report.free_run["own_routing"])):
+        kl = f"KL {run['kl_mean']:.1e} mean, {run['kl_p95']:.1e} p95, {run['kl_max']:.1e} max   top-1 {run['top1']:.1%}"
+        verdict = "" if name == "own routing" else "ok" if run["verdict"] == "ok" else "FAIL"
+        yield f"free run  {name:<16} max |d logit| {run['max_abs']:.1e} of {run['max_logit']:.3g}   {kl}   {verdict}".rstrip()
+    unexplained = sum(not flip["explained"] for flip in report.flips)
+    if report.flips:
+        yield f"expert flips  {len(report.flips)}, {len(report.flips) - unexplained} explained as near-ties, {unexplained} not"
+
+
+def _healthy(taps: list[TapResult]) -> bool:
+    return all(tap.verdict == "ok" for tap in taps)
+
+
+def _span(layers: list[int | None]) -> str:
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
