@@ -1,0 +1,49 @@
+"""Strict JAX, and small checkpoints made once a session.
+
+oss_model is imported inside the fixtures: jaxtyping's import hook, which checks every shape in its signatures at
+run time, is installed after this file is read.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def cfg():
+    """The model of the tests, computed in float32: every size distinct, prompts longer than its window of 11."""
+    from oss_model import ModelConfig
+
+    return dataclasses.replace(ModelConfig.tiny(), dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory, cfg) -> dict[str, Path]:
+    """The same small model in every layout that is written: layout name -> directory. Read only."""
+    from oss_model.synthetic import write_checkpoint
+
+    root = tmp_path_factory.mktemp("sources")
+    return {layout: write_checkpoint(root / layout, cfg, layout) for layout in ("hf", "hf-bf16", "openai")}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, sources) -> dict[str, Path]:
+    """The same model converted from packed Hugging Face safetensors: stored dtype -> Orbax directory. Read only."""
+    from converter import convert
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    for dtype in ("bfloat16", "float32", "mxfp4"):
+        convert(sources["hf"], root / dtype, dtype=dtype)
+    return {dtype: root / dtype for dtype in ("bfloat16", "float32", "mxfp4")}
+
+
+@pytest.fixture(scope="session")
+def prompt() -> np.ndarray:
+    """int32 [2, 40]: more than three windows."""
+    return np.random.default_rng(0).integers(0, 509, (2, 40), dtype=np.int32)
