@@ -1,9 +1,10 @@
 """`ModelConfig`: the sizes and constants of a gpt-oss model, and the three dialects of config.json."""
 
+import contextlib
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,10 @@ class ModelConfig:
     def __post_init__(self):
         if not self.layer_types and isinstance(self.num_hidden_layers, int):
             self.layer_types = tuple(FULL if n % 2 else SLIDING for n in range(self.num_hidden_layers))
-        self.layer_types = tuple(self.layer_types)
-        self.dtype = np.dtype(self.dtype)
+        if isinstance(self.layer_types, list):
+            self.layer_types = tuple(self.layer_types)
+        with contextlib.suppress(TypeError):  # no dtype at all is a fault like a dtype that is not implemented
+            self.dtype = np.dtype(self.dtype)
         raise_all(_faults(self))
 
     @classmethod
@@ -113,7 +116,7 @@ class ModelConfig:
                 data = json.load(f)
         except FileNotFoundError:
             raise InputError(f"{where}: expected a gpt-oss config.json, found no file") from None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise InputError(f"{where}: expected a JSON object, found something unreadable ({e})") from None
         if not isinstance(data, dict):
             raise InputError(f"{where}: expected a JSON object, found {type(data).__name__}")
@@ -195,9 +198,10 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
     faults: list[str] = []
     found: dict[str, Any] = {}
     rest = dict(data)
+    names = {field: key for key, field in (_HF_KEYS if hf else _OPENAI_KEYS).items()}  # what is missing is called by
 
     def take(scope: dict[str, Any], keys: Mapping[str, str], prefix: str) -> None:
-        for key in keys.keys() & scope.keys():
+        for key in [key for key in keys if key in scope]:
             field, value = keys[key], scope.pop(key)
             if value is None and field in _OPTIONAL:
                 continue  # null means the default
@@ -214,13 +218,15 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
             if not isinstance(rest[key], dict):
                 faults.append(f"{where}: {key}: expected an object, found {rest[key]!r}")
                 continue
-            # transformers' own default for an absent `truncate` is true; the published files say false.
-            scope = {"truncate": True} | {k: v for k, v in rest[key].items() if v is not None}
-            kind = scope.pop("rope_type", scope.pop("type", None))
-            if kind != "yarn":
-                faults.append(f"{where}: {key}.rope_type: only 'yarn' is implemented, found {kind!r}")
+            # transformers takes an absent `truncate` as true, and null as false; the published files say false.
+            scope = {"truncate": True} | {k: v for k, v in rest[key].items() if v is not None or k == "truncate"}
+            names |= {field: f"{key}.{name}" for name, field in _ROPE_KEYS.items() if name != "rope_theta"}
+            kinds = [scope.pop(name) for name in ("rope_type", "type") if name in scope]  # `type` in older files
+            others = [kind for kind in kinds or [None] if kind != "yarn"]
+            if others:
+                faults.append(f"{where}: {key}.rope_type: only 'yarn' is implemented, found {others[0]!r}")
             take(scope, _ROPE_KEYS, f"{key}.")
-            for unknown in sorted(scope.keys() - {"type"}):
+            for unknown in sorted(scope):
                 faults.append(f"{where}: {key}.{unknown}: not implemented, and it would change the rotation")
         rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
         take(rest, _HF_ECHOES, "")
@@ -237,10 +243,10 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
         faults.append(f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}")
     for key in sorted(rest.keys() - _HARMLESS):
         faults.append(f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused")
-    names = {field: key for key, field in (_HF_KEYS | _ROPE_KEYS if hf else _OPENAI_KEYS).items()}
     for field in sorted(names.keys() - found.keys() - _OPTIONAL):
         faults.append(f"{where}: {names[field]}: missing; is this the config.json of a gpt-oss model?")
     raise_all(faults)
+    found = {field: _CAST.get(_TYPES[field], lambda value: value)(value) for field, value in found.items()}
     try:
         return ModelConfig(**found)
     except InputError as e:
@@ -250,6 +256,7 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
 # --- checks -----------------------------------------------------------------------------------------------------
 
 _TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+_CAST = {float: float, tuple[str, ...]: tuple}  # JSON writes 150000 for 150000.0, and has lists
 
 
 def _type_fault(field: str, value: Any, where: str) -> list[str]:
@@ -257,7 +264,8 @@ def _type_fault(field: str, value: Any, where: str) -> list[str]:
     if kind is int:
         good, expected = type(value) is int, "an integer"
     elif kind is float:
-        good, expected = type(value) in (int, float) and math.isfinite(value), "a finite number"
+        # Compared, not converted: an integer may be too large for a float.
+        good, expected = type(value) in (int, float) and abs(value) <= sys.float_info.max, "a finite number"
     elif kind is bool:
         good, expected = type(value) is bool, "true or false"
     elif field == "layer_types":
