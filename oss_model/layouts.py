@@ -255,6 +255,11 @@ def recognise(tensors: dict[str, tuple[tuple[int, ...], str]]) -> Layout | None:
 
 def check(tensors: dict[str, tuple[tuple[int, ...], str]], layout: Layout, cfg: ModelConfig, where: str) -> list[str]:
     """Compare what a checkpoint has (name -> shape, safetensors dtype) with what `cfg` needs; one line a fault."""
+    if layout.packed:
+        try:
+            dataclasses.replace(cfg, param_dtype="mxfp4")
+        except InputError as e:
+            return [f"{where}: {fault}" for fault in e.faults]
     packed = {e.checkpoint for e in entries(layout, cfg) if e.packed}
     expected = checkpoint_shapes(layout, cfg)
     faults = [f"{where}: {name}: missing; {layout.title} needs it" for name in expected if name not in tensors]

@@ -52,12 +52,17 @@ class Shards:
         if weight_map is None:
             files = sorted(self.directory.glob("*.safetensors"))
         else:
-            files = sorted({self.directory / name for name in weight_map.values()})
+            files = sorted({self.directory / name for name in weight_map.values() if _is_beside(self.directory, name)})
             for stray in sorted(set(self.directory.glob("*.safetensors")) - set(files)):
                 faults.append(f"{stray}: not named by {INDEX}; move it away, or rebuild the index")
         seen: dict[str, Path] = {}
+        whole: set[str] = set()
         for file in files:
-            for name, tensor in _read_header(file, faults).items():
+            header = _read_header(file, faults)
+            if header is None:
+                continue
+            whole.add(file.name)
+            for name, tensor in header.items():
                 if name in seen:
                     faults.append(f"{file}: {name}: duplicate; {seen[name].name} has it too")
                 elif weight_map is not None and name not in weight_map:
@@ -66,9 +71,8 @@ class Shards:
                     faults.append(f"{file}: {name}: found here, but {INDEX} says {weight_map[name]}")
                 seen[name] = file
                 self.tensors[name] = tensor
-        broken = {file for file in files if not any(path == file for path in seen.values())}
         for name, file in (weight_map or {}).items():
-            if name not in seen and self.directory / file not in broken:
+            if name not in seen and file in whole:
                 faults.append(f"{self.directory / file}: {name}: missing; {INDEX} says it is here")
         raise_all(faults)
         if not files:
@@ -95,7 +99,13 @@ class Shards:
     def _pread(self, file: Path, out: np.ndarray, offset: int) -> None:
         fd = self._open.get(file)
         if fd is None:
-            fd = self._open.setdefault(file, os.open(file, os.O_RDONLY))
+            try:
+                mine = os.open(file, os.O_RDONLY)
+            except OSError as e:
+                raise InputError(f"{file}: cannot be opened any more ({e.strerror}); it changed while it was read") from None
+            fd = self._open.setdefault(file, mine)
+            if fd != mine:  # another thread was faster
+                os.close(mine)
         view = memoryview(out.data)
         while view:
             count = os.preadv(fd, [view[: 1 << 30]], offset)
@@ -127,15 +137,20 @@ class Checkpoint:
         if not self.directory.is_dir():
             found = "a file" if self.directory.exists() else "nothing"
             raise InputError(f"{self.directory}: expected a directory of safetensors files, found {found}")
-        if self.directory.resolve().name == "metal":
-            raise InputError(f"{self.directory}: metal/ holds OpenAI's Metal format; give the directory above it, or original/")
-        self.shards = Shards(self.directory)
-        layout = layouts.recognise(self.shards.signature())
-        if layout is None:
-            raise layouts.not_a_checkpoint(str(self.directory), self.shards.tensors)
-        self.layout = layout
-        self.cfg = ModelConfig.from_json(self.directory / "config.json")
-        raise_all(layouts.check(self.shards.signature(), layout, self.cfg, str(self.directory)))
+        faults: list[str] = []
+        try:
+            self.shards = Shards(self.directory)
+            self.layout = _recognise(self.shards)
+        except InputError as e:
+            if not any(self.directory.glob("*.safetensors")):
+                raise  # nothing here to say more about
+            faults += e.faults
+        try:
+            self.cfg = ModelConfig.from_json(self.directory / "config.json")
+        except InputError as e:
+            faults += e.faults
+        raise_all(faults)
+        raise_all(layouts.check(self.shards.signature(), self.layout, self.cfg, str(self.directory)))
 
     def entries(self) -> list[layouts.Entry]:
         return layouts.entries(self.layout, self.cfg)
@@ -144,6 +159,13 @@ class Checkpoint:
         """The parameter of `entry` (or a run along its first axis) in the checkpoint's shape and dtype."""
         start, stop, _ = rows.indices(entry.checkpoint_shape[0])
         return self.shards.read(entry.checkpoint, slice(entry.start + start, entry.start + stop), buffer)
+
+
+def _recognise(shards: Shards) -> layouts.Layout:
+    layout = layouts.recognise(shards.signature())
+    if layout is None:
+        raise layouts.not_a_checkpoint(str(shards.directory), shards.tensors)
+    return layout
 
 
 def _read_index(path: Path, faults: list[str]) -> dict[str, str] | None:
@@ -158,13 +180,16 @@ def _read_index(path: Path, faults: list[str]) -> dict[str, str] | None:
     for file in sorted(set(names.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             faults.append(f"{path}: names {file!r}, outside its own directory; an index may only name files beside it")
-        elif not (path.parent / file).is_file():
+        elif not _is_beside(path.parent, file):
             faults.append(f"{path.parent / file}: missing; {INDEX} names it. Download it again")
-    raise_all(faults)
     return names
 
 
-def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor]:
+def _is_beside(directory: Path, file: str) -> bool:
+    return Path(file).name == file and (directory / file).is_file()
+
+
+def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor] | None:
     try:
         with safe_open(file, framework="numpy"):
             pass  # the library checks the header against itself and against the file's length
@@ -173,7 +198,7 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor]:
             header = json.loads(f.read(length))
     except (SafetensorError, OSError, ValueError) as e:
         faults.append(f"{file}: expected a whole safetensors file, found a truncated or damaged one ({e}). Download it again")
-        return {}
+        return None
     header.pop("__metadata__", None)
     tensors = {}
     for name, info in header.items():
@@ -186,6 +211,8 @@ def _look_elsewhere(directory: Path) -> str:
     """What to do about a directory that has no safetensors of its own."""
     if (directory / "conversion.json").exists() or (directory / "_METADATA").exists():
         return "it is an Orbax checkpoint already"
+    if (directory / "model.bin").exists():
+        return "model.bin is in OpenAI's Metal format, which is not read: give the directory above metal/, or original/"
     below = sorted({file.parent.name for file in directory.glob("*/*.safetensors")})
     if below:
         return f"there are some in {', '.join(below)}: give that directory"
