@@ -9,6 +9,7 @@ keeps its size over depth. The same seed gives the same model in every layout, v
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 
 from oss_model import layouts, mxfp4
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError
+from oss_model.errors import InputError, raise_all
 from oss_model.shards import INDEX, write_shard
 
 SHARD_BYTES = 4_900_000_000  # as in the published 20b: three shards
@@ -33,13 +34,15 @@ def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf
     """Write a checkpoint of `cfg` in `layout` ("hf", "hf-bf16", "openai"), one piece of a tensor in memory at a time.
 
     Raises:
-      InputError: if `out` exists and is not an empty directory.
+      InputError: if `out` exists and is not an empty directory, or `layout` cannot hold `cfg`.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: expected a new or empty directory, found something; give another name, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
     table = layouts.LAYOUTS[layout]
+    config = openai_config(cfg) if layout == "openai" else hf_config(cfg, table.packed)
+    _check_writable(cfg, config, layout)
+    out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, list[layouts.Entry]] = {}
     for entry in layouts.entries(table, cfg):
         entries.setdefault(entry.checkpoint, []).append(entry)
@@ -55,7 +58,7 @@ def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         _write_json(out / INDEX, {"metadata": {"total_size": sum(map(_nbytes, tensors.values()))}, "weight_map": weight_map})
-    _write_json(out / "config.json", openai_config(cfg) if layout == "openai" else hf_config(cfg, table.packed))
+    _write_json(out / "config.json", config)
     if layout != "openai":
         eos = [token for token in (200002, 199999, 200012) if token < cfg.vocab_size] or [cfg.vocab_size - 1]
         _write_json(out / "generation_config.json", {"do_sample": True, "eos_token_id": eos})
@@ -133,6 +136,19 @@ def openai_config(cfg: ModelConfig) -> dict:
         "rope_ntk_alpha": cfg.rope_beta_slow,
         "rope_ntk_beta": cfg.rope_beta_fast,
     }
+
+
+def _check_writable(cfg: ModelConfig, config: dict, layout: str) -> None:
+    """Refuse what would be read back as another model: MXFP4 needs whole blocks, and a dialect cannot say everything."""
+    dataclasses.replace(cfg, param_dtype="mxfp4")
+    said = ModelConfig.from_json(config)
+    not_said = {"max_position_embeddings", "dtype", "param_dtype", "expert_path", "use_sharding"}  # leave the values alone
+    faults = [
+        f"{field.name}: the config.json of layout {layout!r} can only say {getattr(said, field.name)!r}, not {value!r}"
+        for field in dataclasses.fields(cfg)
+        if field.name not in not_said and (value := getattr(cfg, field.name)) != getattr(said, field.name)
+    ]
+    raise_all(faults)
 
 
 # --- values -----------------------------------------------------------------------------------------------------
@@ -221,8 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="number of layers, if not the size's own")
     parser.add_argument("--experts", type=int, metavar="N", help="number of experts, if not the size's own")
     parser.add_argument("--layout", choices=("hf", "hf-bf16", "openai"), default="hf", help="(default: hf, packed MXFP4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="0 or more (default: 0)")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error(f"argument --seed: expected 0 or more, found {args.seed}")
     try:
         cfg = SIZES[args.size]()
         changes = {"num_hidden_layers": args.layers, "num_experts": args.experts}
@@ -232,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as e:
         print("\n".join(f"error: {fault}" for fault in e.faults), file=sys.stderr)
         return 2
+    except OSError as e:
+        print(f"error: {args.out}: cannot be written ({e.strerror or e})", file=sys.stderr)
+        return 3 if e.errno == errno.ENOSPC else 2
     return 0
 
 
