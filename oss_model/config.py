@@ -205,8 +205,9 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
             field, value = keys[key], scope.pop(key)
             if value is None and field in _OPTIONAL:
                 continue  # null means the default
-            faults.extend(_type_fault(field, value, f"{where}: {prefix}{key}"))
-            if found.setdefault(field, value) != value:
+            wrong = _type_fault(field, value, f"{where}: {prefix}{key}")
+            faults.extend(wrong)
+            if found.setdefault(field, value) != value and not wrong:
                 faults.append(f"{where}: {prefix}{key}: found {value!r}, but {found[field]!r} elsewhere in the file; keep one")
 
     if hf:

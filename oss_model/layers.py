@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oss_model.config import ModelConfig
 
-Rope = tuple[Float[Array, "b l d/2"], Float[Array, "b l d/2"]]
+Rope = tuple[Float[Array, "b l half"], Float[Array, "b l half"]]
 
 
 def param_dtype(cfg: ModelConfig) -> np.dtype:
