@@ -1,9 +1,40 @@
-"""The command line: parse, call, print. Everything heavy is imported where it is used, so that --help is quick."""
+"""The command lines: parse, call, print. Everything heavy is imported where it is used, so that --help is quick."""
 
+import dataclasses
 import json
+import re
 import sys
+from collections.abc import Callable
 
 import click
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", str(value).strip().upper())
+        if not found:
+            self.fail(f"expected a size like 2G or 900M, found {value!r}", param, ctx)
+        return int(float(found[1]) * UNITS[found[2]])
+
+
+class Share(click.ParamType):
+    name = "i/n"
+
+    def convert(self, value, param, ctx):
+        found = re.fullmatch(r"(\d+)/(\d+)", str(value))
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            self.fail(f"expected I/N with I from 1 to N, like 2/3, found {value!r}", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+def _shared_options(command: Callable) -> Callable:
+    command = click.option("-v", "--verbose", is_flag=True, help="Say more about what was done.")(command)
+    command = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end.")(command)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,66 +47,126 @@ import click
     show_default=True,
     help="How parameters are stored. mxfp4: the experts packed as they came, the rest bfloat16.",
 )
+@click.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-v", "--verbose", is_flag=True, help="Say more about what was done.")
-def _convert_oss(src, dst, dtype, overwrite, no_verify, as_json, quiet, verbose) -> int:
+@click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
+@click.option("--max-memory", type=Size(), metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
+@_shared_options
+def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose) -> int:
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST.
 
     SRC is a directory of safetensors: Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original, recognised by
-    content. DST is a new or empty directory; nothing appears there before all of it is whole.
+    content. DST is a new or empty directory; nothing appears there before all of it is whole. Run the same command
+    again to take up a conversion that was interrupted.
 
     Example:
 
         convert-oss gpt-oss-20b gpt-oss-20b-orbax
     """
-    from converter.errors import Different
-    from oss_model.errors import InputError
 
-    def failed(code: int, faults: list[str]) -> int:
-        for fault in faults:
-            click.echo(f"error: {fault}", err=True)
-        if as_json:
-            click.echo(json.dumps({"status": "failed", "exit_code": code, "errors": faults}))
-        return code
+    def run() -> int:
+        if dry_run:
+            from converter.preview import describe, preview
 
-    try:
-        import dataclasses
-
+            found = preview(src, dst, dtype, overwrite=overwrite, max_memory=max_memory)
+            click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
+            return 0
         from converter.conversion import convert
         from converter.progress import progress_bar
 
+        options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": max_memory, "process": process}
         with progress_bar(quiet) as progress:
-            result = convert(src, dst, dtype, overwrite=overwrite, verify=not no_verify, progress=progress)
-    except InputError as e:
-        return failed(2, e.faults)
-    except Different as e:
-        return failed(1, e.differences)
-    except KeyboardInterrupt:
-        return failed(130, [f"interrupted; nothing is at {dst}"])
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result)))
-    elif not quiet:
+            result = convert(src, dst, dtype, progress=progress, **options)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(result)))
+        elif not quiet:
+            _say(result, verbose)
+        return 0
+
+    return _guarded(run, as_json, f"what is written is kept in {dst}.partial: run the same command again to go on")
+
+
+def _say(result, verbose: bool) -> None:
+    if result.status == "share-written":
+        click.echo(f"{result.destination}: this process's share is written, the last process finishes", err=True)
+    else:
         checked = ", verified" if result.verified else ""
-        click.echo(f"{result.destination}: {result.tensors} tensors, {result.bytes_written:,} bytes{checked}", err=True)
-        if verbose:
-            rate = result.bytes_written / result.seconds / 1e9
+        click.echo(f"{result.destination}: {result.status}, {result.tensors} tensors{checked}", err=True)
+    if verbose:
+        click.echo(
+            f"{result.source_layout} -> {result.dtype}: {result.chunks} chunks, {result.bytes_read:,} bytes read, "
+            f"{result.bytes_written:,} written, {result.seconds:.1f} s, peak memory {result.peak_rss_bytes >> 20} MiB",
+            err=True,
+        )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("dst", type=click.Path())
+@click.argument("src", type=click.Path(), required=False)
+@_shared_options
+def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
+    """Check every byte of the converted checkpoint DST against the hashes it carries.
+
+    Where SRC is given, it is decoded anew and compared as well. Exit code 1 and a line for each difference.
+
+    Example:
+
+        verify-oss gpt-oss-20b-orbax
+    """
+
+    def run() -> int:
+        from converter.audit import verify_checkpoint
+        from converter.progress import progress_bar
+
+        with progress_bar(quiet) as progress:
+            found = verify_checkpoint(dst, src, progress=progress)
+        for line in found.differences:
+            click.echo(f"error: {line}", err=True)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(found)))
+        elif not quiet and not found.differences:
+            rate = f", {found.bytes_checked / found.seconds / 1e9:.2f} GB/s" if verbose else ""
             click.echo(
-                f"{result.source_layout} -> {result.dtype}: {result.chunks} chunks in {result.seconds:.1f} s, {rate:.2f} GB/s, "
-                f"{result.bytes_read:,} bytes read, peak memory {result.peak_rss_bytes >> 20} MiB",
-                err=True,
+                f"{found.checkpoint}: {found.tensors} tensors, {found.bytes_checked:,} bytes as they were{rate}", err=True
             )
-    return 0
+        return 1 if found.differences else 0
+
+    return _guarded(run, as_json, "nothing is changed by looking")
+
+
+def _guarded(run: Callable[[], int], as_json: bool, interrupted: str) -> int:
+    """Run, and turn what can go wrong into lines on standard error and an exit code."""
+    from converter.errors import Different, Incomplete
+    from oss_model.errors import InputError
+
+    try:
+        return run()
+    except InputError as e:
+        code, faults = 2, e.faults
+    except Different as e:
+        code, faults = 1, e.differences
+    except (Incomplete, OSError) as e:
+        code, faults = 3, [str(e)]
+    except KeyboardInterrupt:
+        code, faults = 130, [f"interrupted; {interrupted}"]
+    for fault in faults:
+        click.echo(f"error: {fault}", err=True)
+    if as_json:
+        click.echo(json.dumps({"status": "failed", "exit_code": code, "errors": faults}))
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     return _run(_convert_oss, "convert-oss", argv)
 
 
+def verify_main(argv: list[str] | None = None) -> int:
+    return _run(_verify_oss, "verify-oss", argv)
+
+
 def _run(command: click.Command, name: str, argv: list[str] | None) -> int:
-    """Exit code 2 with `error: ` lines for wrong usage too, as for wrong input."""
+    """Exit code 2 and an `error: ` line for wrong usage too, as for wrong input."""
     try:
         return command.main(argv, prog_name=name, standalone_mode=False) or 0
     except click.UsageError as e:

@@ -1,37 +1,47 @@
 """The conversion: plan, stream, finish, verify."""
 
+import contextlib
 import dataclasses
-import json
+import errno
 import os
 import resource
+import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import xxhash
-
-from converter import store as stores
 from converter.chunks import Reader
 from converter.destination import Destination
-from converter.errors import Different
+from converter.errors import Different, Incomplete
+from converter.journal import Hashes
+from converter.manifest import fingerprint, make_manifest
 from converter.plan import Chunk, Plan, make_plan
+from converter.preflight import Needs, measure
 from converter.source import companions, open_source
-from converter.store import MANIFEST, Store
-from converter.threads import in_threads
-from converter.verify import difference
+from converter.store import MANIFEST, Store, load_orbax, sync, write_file
+from converter.threads import in_threads, interruptible, stop_here
+from converter.verify import check_buffer, check_chunk
+from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError
 from oss_model.shards import Checkpoint
 
-# (phase, bytes of it done, bytes of it in all)
-Progress = Callable[[str, int, int], None]
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    phase: str  # "resuming", "converting", "verifying"
+    bytes_done: int
+    bytes_total: int
+    tensors_done: int
+    tensors_total: int
 
 
 @dataclasses.dataclass
 class Result:
     """What a conversion did; `--json` prints these fields."""
 
-    status: str  # "complete"
+    status: str  # "complete"; "resumed": complete, taken up where an earlier run ended; "share-written": see `process`
     source: str
     destination: str
     source_layout: str
@@ -39,7 +49,7 @@ class Result:
     tensors: int
     chunks: int
     bytes_read: int  # of the source, for converting
-    bytes_written: int  # of chunk files
+    bytes_written: int  # of chunk files, by this run
     seconds: float
     peak_rss_bytes: int
     verified: bool
@@ -52,133 +62,211 @@ def convert(
     *,
     overwrite: bool = False,
     verify: bool = True,
-    progress: Progress = lambda phase, done, total: None,
+    max_memory: int | None = None,
+    process: tuple[int, int] = (1, 1),
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
     """Convert the safetensors checkpoint `src` to an Orbax checkpoint at `dst`.
+
+    A conversion that was cut off, by whatever, is taken up by calling this again with the same arguments.
 
     Args:
       src: a directory in one of the layouts of `oss_model.layouts`, recognised by content.
       dst: a new or empty directory, or with `overwrite` a finished checkpoint, which is replaced when the new one is
         whole.
       dtype: how parameters are stored: "bfloat16", "float32", or "mxfp4" (experts packed, everything else bfloat16).
+      overwrite: also begins anew where an unfinished conversion of something else is in the way.
       verify: read back what was written and compare it with the source decoded anew.
+      max_memory: resident bytes of this process, all in, at the most.
+      process: (I, N): write the I-th of N shares, I from 1. Whichever process is last finishes the checkpoint; the
+        others return with status "share-written".
 
     Raises:
       InputError: if the source or the destination cannot be used, naming every fault; `dst` is left as it was.
+      Incomplete: if writing failed, for want of space for example; what is written is kept.
       Different: if what was written is not what was read (a broken disk, a source that changed).
+      KeyboardInterrupt: after Ctrl-C, once the chunks under way are written; what is written is kept.
     """
     start = time.perf_counter()
     if dtype not in PARAM_DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(PARAM_DTYPES)}, found {dtype!r}")
+    if not 1 <= process[0] <= process[1]:
+        raise InputError(f"process: expected I/N with I from 1 to N, found {process[0]}/{process[1]}")
     destination = Destination(dst)
-    destination.check(Path(src), overwrite)
     checkpoint = open_source(src, dtype)
-    with checkpoint.shards:
+    with checkpoint.shards, interruptible() as stop:
         plan = make_plan(checkpoint, dtype)
-        store = Store(destination.prepare())
-        hashes, bytes_read = _stream(checkpoint, plan, store, progress)
-        _finish(checkpoint, plan, store, hashes)
-        if verify:
-            _verify(checkpoint, plan, store, progress)
-        destination.finish()
+        workspace = Workspace(destination.partial, process)
+        run = Run(checkpoint, plan, workspace, progress, stop)
+        before = fingerprint(checkpoint, dtype)
+        tidied = False
+        if destination.only_tidying_left(before):
+            finished = tidied = True
+            workspace.discard()
+        else:
+            destination.check(checkpoint.directory, overwrite)
+            workspace.check()
+            load_orbax()  # before memory is measured, for it is most of it
+            run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
+            try:
+                workspace.enter(before, restart=overwrite)
+                destination.check(checkpoint.directory, overwrite)  # once more: another process may have finished
+                finished = run.stream() and run.finish(before, verify)
+                if finished:
+                    destination.finish(workspace)
+            except OSError as error:
+                raise _incomplete(error, workspace) from error
+            finally:
+                workspace.leave()
+        finished = finished or not workspace.directory.exists()  # by another process
     return Result(
-        status="complete",
+        status=("resumed" if tidied or run.kept else "complete") if finished else "share-written",
         source=str(Path(src).resolve()),
         destination=str(Path(dst).resolve()),
         source_layout=checkpoint.layout.name,
         dtype=dtype,
         tensors=len(plan.targets),
         chunks=len(plan.chunks),
-        bytes_read=bytes_read,
-        bytes_written=plan.nbytes,
+        bytes_read=run.bytes_read,
+        bytes_written=run.bytes_written,
         seconds=round(time.perf_counter() - start, 3),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        verified=verify,
+        verified=verify and finished and not tidied,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Hashes:
-    """Of one chunk, xxh3_128."""
+class Run:
+    """One process's work on one conversion."""
 
-    stored: bytes  # of the values on disk, without the checksum
-    read: tuple[bytes, ...]  # of what was read for it, one a source tensor
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        workspace: Workspace,
+        progress: Callable[[Progress], None],
+        stop: threading.Event,
+    ):
+        self.checkpoint, self.plan, self.workspace, self.stop = checkpoint, plan, workspace, stop
+        self.store = Store(workspace.checkpoint)
+        self.needs = Needs(0, 0, 0, 1)
+        self.bytes_read = self.bytes_written = self.kept = 0
+        self._progress = progress
 
+    def stream(self) -> bool:
+        """Write this process's share of the chunks that are not there yet. Returns whether it is to finish."""
+        index, count = self.workspace.process
+        share = self.plan.chunks[index - 1 :: count]
+        whole = self._whole(share)
+        self.kept = len(whole)
+        todo = [chunk for chunk in share if chunk.path not in whole]
+        if todo:
+            self.workspace.reopen_share()
+        with contextlib.closing(self.workspace.journal()) as journal:
+            show = Counter("converting", share, self._progress)
+            for chunk in share:
+                if chunk.path in whole:
+                    show.add(chunk)
+            for chunk, nbytes in in_threads(lambda: self._writer(journal), todo, self.needs.workers, self.stop):
+                # Here, while the threads go on: the disk has been at work on these pages since they were written.
+                sync(self.store.directory / chunk.path)
+                self.bytes_read += nbytes
+                self.bytes_written += chunk.nbytes
+                show.add(chunk)
+            journal.sync()
+        stop_here(self.stop)
+        return self.workspace.share_done()
 
-def _stream(checkpoint: Checkpoint, plan: Plan, store: Store, progress: Progress) -> tuple[dict[str, Hashes], int]:
-    """Write every chunk. Returns their hashes by path, and the bytes read."""
-    for target in plan.targets:
-        store.write_array(target)
+    def finish(self, before: dict, verify: bool) -> bool:
+        """Write everything that is not a chunk, what makes the checkpoint complete last, and wait for the disk."""
+        if fingerprint(self.checkpoint, self.plan.dtype) != before:
+            raise InputError(f"{self.checkpoint.directory}: changed while it was read; leave it alone and convert again")
+        directory, hashes = self.store.directory, self.workspace.journaled()
+        for target in self.plan.targets:
+            self.store.write_array(target)
+        for file in companions(self.checkpoint.directory):
+            shutil.copyfile(file, directory / file.name)
+        if verify:
+            self._verify(hashes)
+        self.store.write_metadata(self.plan.targets)
+        write_file(directory / MANIFEST, make_manifest(self.checkpoint, self.plan, hashes, directory))
+        self.store.sync_tree()
+        return True
 
-    def worker():
-        reader = Reader(checkpoint)
+    def _writer(self, journal: Journal) -> Callable[[Chunk], tuple[Chunk, int]]:
+        reader = Reader(self.checkpoint)
 
-        def write(chunk: Chunk) -> tuple[Chunk, Hashes, int]:
-            before = reader.bytes_read
-            pieces = reader.pieces(chunk)
-            stored = store.write_chunk(chunk, pieces)
-            return chunk, Hashes(stored, tuple(pieces.digests)), reader.bytes_read - before
+        def write(chunk: Chunk) -> tuple[Chunk, int]:
+            before, pieces = reader.bytes_read, reader.pieces(chunk)
+            stored = self.store.write_chunk(chunk, pieces)
+            journal.add(chunk.path, Hashes(stored, tuple(pieces.digests)))
+            return chunk, reader.bytes_read - before
 
         return write
 
-    hashes, done, bytes_read = {}, 0, 0
-    for chunk, found, nbytes in in_threads(worker, plan.chunks):
-        hashes[chunk.path] = found
-        bytes_read += nbytes
-        done += chunk.nbytes
-        progress("converting", done, plan.nbytes)
-    return hashes, bytes_read
+    def _whole(self, share: list[Chunk]) -> set[str]:
+        """Paths of the chunks that an earlier run has noted, read back: a power loss may have taken what was there."""
+        journaled = self.workspace.journaled()
+
+        def checker():
+            buffer = check_buffer()
+
+            def check(chunk: Chunk) -> tuple[Chunk, bool]:
+                digest, _ = check_chunk(self.store.directory, chunk, None, buffer)
+                whole = digest == journaled[chunk.path].stored
+                if whole:  # the run that wrote it may have been killed before its fsync
+                    sync(self.store.directory / chunk.path)
+                return chunk, whole
+
+            return check
+
+        noted = [chunk for chunk in share if chunk.path in journaled]
+        show = Counter("resuming", noted, self._progress)
+        whole = set()
+        for chunk, is_whole in in_threads(checker, noted, self.needs.workers, self.stop):
+            whole |= {chunk.path} if is_whole else set()
+            show.add(chunk)
+        stop_here(self.stop)
+        return whole
+
+    def _verify(self, hashes: dict[str, Hashes]) -> None:
+        def checker():
+            reader, buffer = Reader(self.checkpoint), check_buffer()
+
+            def check(chunk: Chunk) -> tuple[Chunk, str | None]:
+                digest, line = check_chunk(self.store.directory, chunk, reader.pieces(chunk), buffer)
+                if line is None and digest != hashes[chunk.path].stored:
+                    line = f"{self.store.directory}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
+                return chunk, line
+
+            return check
+
+        show, differences = Counter("verifying", self.plan.chunks, self._progress), []
+        for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
+            differences += [line] if line else []
+            show.add(chunk)
+        stop_here(self.stop)
+        if differences:
+            raise Different(sorted(differences))
 
 
-def _finish(checkpoint: Checkpoint, plan: Plan, store: Store, hashes: dict[str, Hashes]) -> None:
-    """Write everything that is not a chunk, what makes the checkpoint readable last, and wait for the disk."""
-    for file in companions(checkpoint.directory):
-        stores.copy_file(file, store.directory)
-    stores.write_file(store.directory / MANIFEST, json.dumps(_manifest(checkpoint, plan, hashes), indent=1).encode())
-    store.write_metadata(plan.targets)
-    store.sync(plan.targets)
+class Counter:
+    """Counts chunks as they are done, and reports."""
+
+    def __init__(self, phase: str, chunks: list[Chunk], progress: Callable[[Progress], None]):
+        self._phase, self._progress = phase, progress
+        self._total = sum(chunk.nbytes for chunk in chunks)
+        self._left: dict[str, int] = {}
+        for chunk in chunks:
+            self._left[chunk.target.name] = self._left.get(chunk.target.name, 0) + 1
+        self._done = self._tensors_done = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self._done += chunk.nbytes
+        self._left[chunk.target.name] -= 1
+        self._tensors_done += self._left[chunk.target.name] == 0
+        self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, hashes: dict[str, Hashes]) -> dict:
-    """conversion.json. A tensor's hash is xxh3_128 over the xxh3_128 digests of its chunks, in order."""
-    from importlib.metadata import version
-
-    def tree(digests) -> str:
-        return xxhash.xxh3_128(b"".join(digests)).hexdigest()
-
-    tensors = {}
-    for target in plan.targets:
-        of_chunks = [hashes[chunk.path] for chunk in target.chunks()]
-        tensors[target.name] = {
-            "shape": list(target.shape),
-            "dtype": target.dtype.name,
-            "chunk_rows": target.rows,
-            "hash": tree(found.stored for found in of_chunks),
-            "sources": [
-                {"name": entry.checkpoint, "hash": tree(found.read[number] for found in of_chunks)}
-                for number, entry in enumerate(target.sources)
-            ],
-        }
-    return {
-        "format": 1,
-        "source": {"path": str(checkpoint.directory.resolve()), "layout": checkpoint.layout.name},
-        "dtype": plan.dtype,
-        "hash": "xxh3_128 of the xxh3_128 digests of the chunks, in order",
-        "versions": {name: version(name) for name in ("convert-oss", "orbax-checkpoint", "numpy")},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "tensors": tensors,
-    }
-
-
-def _verify(checkpoint: Checkpoint, plan: Plan, store: Store, progress: Progress) -> None:
-    def worker():
-        reader = Reader(checkpoint)
-        return lambda chunk: (chunk, difference(store.directory, chunk, reader.pieces(chunk)))
-
-    differences, done = [], 0
-    for chunk, line in in_threads(worker, plan.chunks):
-        differences += [line] if line else []
-        done += chunk.nbytes
-        progress("verifying", done, plan.nbytes)
-    if differences:
-        raise Different(sorted(differences))
+def _incomplete(error: OSError, workspace: Workspace) -> Incomplete:
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"writing failed ({error})"
+    return Incomplete(f"{workspace.directory}: {what}; what is written is kept there: make room, and the same command resumes")

@@ -1,21 +1,22 @@
-"""DST: what may be there already, and how the finished checkpoint gets there in one step.
-
-Everything is written to `DST.partial/checkpoint`, which is renamed to DST when it is whole.
-"""
+"""DST: what may be there already, and how the finished checkpoint gets there in one step."""
 
 import os
-import shutil
 from pathlib import Path
 
+from converter.manifest import read_manifest
 from converter.store import MANIFEST, METADATA, sync
+from converter.workspace import Workspace
 from oss_model.errors import InputError
 
 
 class Destination:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.checkpoint = self.partial / "checkpoint"
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written; `DST.partial/checkpoint` is renamed to DST when it is whole."""
+        return self.path.with_name(self.path.name + ".partial")
 
     def check(self, source: Path, overwrite: bool) -> None:
         """
@@ -42,22 +43,20 @@ class Destination:
                     f"{self.path}: expected a new or empty directory, found a finished checkpoint; "
                     "give another name, or --overwrite to replace it when the new one is whole"
                 )
-        if self.partial.exists() and not self.checkpoint.is_dir() and any(self.partial.iterdir()):
-            raise InputError(f"{self.partial}: expected an unfinished conversion, found other files; move them away")
 
-    def prepare(self) -> Path:
-        """An empty directory to write the checkpoint to."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.checkpoint.mkdir(parents=True)
-        return self.checkpoint
+    def only_tidying_left(self, fingerprint: dict) -> bool:
+        """Whether an earlier run of the same conversion was cut off after it had put the checkpoint in its place."""
+        if not is_finished(self.path) or not self.partial.is_dir() or (self.partial / "checkpoint").exists():
+            return False
+        return (read_manifest(self.path) or {}).get("fingerprint") == fingerprint
 
-    def finish(self) -> None:
+    def finish(self, workspace: Workspace) -> None:
         """Put the checkpoint, which is whole and synced, in its place."""
         if self.path.is_dir() and any(self.path.iterdir()):
-            self.path.rename(self.partial / "replaced")
-        self.checkpoint.rename(self.path)
+            self.path.rename(workspace.directory / "replaced")
+        workspace.checkpoint.rename(self.path)
         sync(self.path.parent)
-        shutil.rmtree(self.partial)
+        workspace.discard()
 
 
 def is_finished(directory: Path) -> bool:

@@ -4,15 +4,20 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.conversion import Progress
 
 LINE_SECONDS = 10
+Show = Callable[["Progress"], None]
 
 
 @contextlib.contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function (phase, done, total in bytes) that shows how far things are."""
+def progress_bar(quiet: bool) -> Iterator[Show]:
+    """Yield a function that shows how far things are: tensors, bytes, rate, time left, memory."""
     if quiet:
-        yield lambda phase, done, total: None
+        yield lambda progress: None
     elif sys.stderr.isatty():
         with _bar() as show:
             yield show
@@ -21,33 +26,55 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
+def _bar() -> Iterator[Show]:
+    import rich.progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.fields[tensors]} tensors"),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[memory]}"),
+    )
+    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict = {}
 
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)
+        def show(progress: "Progress") -> None:
+            tensors, memory = f"{progress.tensors_done}/{progress.tensors_total}", f"{_memory() >> 20} MiB"
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bar.add_task(progress.phase, total=progress.bytes_total, tensors=tensors, memory=memory)
+            bar.update(tasks[progress.phase], completed=progress.bytes_done, tensors=tensors, memory=memory)
 
         yield show
 
 
-def _lines() -> Callable[[str, int, int], None]:
-    last = {"phase": "", "time": 0.0}
+def _lines() -> Show:
+    begun: dict[str, tuple[float, int]] = {}  # of each phase: when, and how much was there already
+    last = 0.0
 
-    def show(phase: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if phase != last["phase"] or done == total or now - last["time"] >= LINE_SECONDS:
-            print(
-                f"{phase}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({done * 100 // max(total, 1)}%)",
-                file=sys.stderr,
-                flush=True,
-            )
-            last.update(phase=phase, time=now)
+    def show(progress: "Progress") -> None:
+        nonlocal last
+        now, whole = time.monotonic(), progress.bytes_done == progress.bytes_total
+        first = progress.phase not in begun
+        start, there = begun.setdefault(progress.phase, (now, progress.bytes_done))
+        if not (first or whole or now - last >= LINE_SECONDS):
+            return
+        last = now
+        rate = (progress.bytes_done - there) / (now - start) if now > start else 0
+        left = f", {(progress.bytes_total - progress.bytes_done) / rate:.0f} s left" if rate and not whole else ""
+        print(
+            f"{progress.phase}: {progress.bytes_done / 1e9:.2f} of {progress.bytes_total / 1e9:.2f} GB, "
+            f"{progress.tensors_done} of {progress.tensors_total} tensors, {rate / 1e9:.2f} GB/s{left}, {_memory() >> 20} MiB",
+            file=sys.stderr,
+        )
 
     return show
+
+
+def _memory() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss

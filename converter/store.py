@@ -8,7 +8,6 @@ between us and the file, and a file that is whole can be told from one that is n
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +31,7 @@ class Store:
     def write_array(self, target: Target) -> None:
         """Describe an array: its directory and zarr.json."""
         directory = self.directory / target.directory
-        (directory / "c").mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         floating = target.dtype != np.uint8
         description = {
             "chunk_grid": {"configuration": {"chunk_shape": list(target.chunk_shape)}, "name": "regular"},
@@ -82,12 +81,17 @@ class Store:
             for name in METADATA:
                 write_file(self.directory / name, (Path(scratch) / "skeleton" / name).read_bytes())
 
-    def sync(self, targets: Iterable[Target]) -> None:
-        """Wait until every file and directory is on the disk."""
+    def sync_tree(self) -> None:
+        """Wait until all directories, and all files but the chunks, are on the disk. Chunks are synced one by one."""
         for directory, _, files in os.walk(self.directory, topdown=False):
-            for name in files:
+            for name in files if "c" not in Path(directory).relative_to(self.directory).parts else ():
                 sync(Path(directory) / name)
             sync(Path(directory))
+
+
+def load_orbax() -> None:
+    """Import what `Store.write_metadata` needs; it takes a second, and most of the process's memory."""
+    import orbax.checkpoint  # noqa: F401
 
 
 def _save_with_orbax(path: Path, tree: dict) -> None:
@@ -115,12 +119,16 @@ def _write(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def copy_file(source: Path, directory: Path) -> None:
-    shutil.copyfile(source, directory / source.name)
+def write_file(path: Path, data: bytes, durable: bool = False) -> None:
+    """Write a small file. `durable`: in one step, and wait for the disk."""
+    if not durable:
+        path.write_bytes(data)
+        return
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(data)
+    sync(aside)
+    aside.replace(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -1,37 +1,43 @@
 """Work in parallel, results in the calling thread, and an orderly end whatever happens."""
 
+import contextlib
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 WORKERS = max(2, min(8, len(os.sched_getaffinity(0))))
 
 
-def in_threads(make: Callable[[], Callable], items: Iterable, workers: int = WORKERS) -> Iterator[Any]:
+def in_threads(
+    make: Callable[[], Callable], items: Iterable, workers: int = WORKERS, stop: threading.Event | None = None
+) -> Iterator[Any]:
     """Apply a function to all items, in `workers` threads, and yield what it returns as it comes.
 
     Args:
       make: called once in each thread for the function: what belongs to one thread lives in its closure.
+      stop: once it is set, what is under way is finished and yielded, and nothing more is begun.
 
-    If the function raises, or the caller stops (Ctrl-C), what is under way is finished, nothing more is begun, and
-    no thread is left behind.
+    If the function raises, the error is raised here. Whatever happens, no thread is left behind.
     """
-    todo, lock, stop = iter(items), threading.Lock(), threading.Event()
-    results: queue.SimpleQueue = queue.SimpleQueue()
+    stop = stop or threading.Event()
+    todo, lock, failed, end = iter(items), threading.Lock(), threading.Event(), object()
+    results: queue.SimpleQueue = queue.SimpleQueue()  # the kernel, not this queue, holds back who writes too fast
 
     def work() -> None:
         try:
             function = make()
-            while not stop.is_set():
+            while not stop.is_set() and not failed.is_set():
                 with lock:
-                    item = next(todo, stop)  # `stop` itself marks the end: no item is it
-                if item is stop:
+                    item = next(todo, end)
+                if item is end:
                     break
                 results.put((function(item), None))
         except BaseException as error:
-            stop.set()
+            failed.set()
             results.put((None, error))
         finally:
             results.put(None)
@@ -50,6 +56,35 @@ def in_threads(make: Callable[[], Callable], items: Iterable, workers: int = WOR
             else:
                 yield result[0]
     finally:
-        stop.set()
+        failed.set()
         for thread in threads:
             thread.join()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C sets. A second one interrupts at once, as usual.
+
+    Off the main thread, where signals cannot be handled, nothing sets the event.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stop_here(stop: threading.Event) -> None:
+    """Raise KeyboardInterrupt if the event of `interruptible` is set."""
+    if stop.is_set():
+        raise KeyboardInterrupt

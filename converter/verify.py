@@ -1,48 +1,86 @@
-"""What is on disk, against the source decoded anew."""
+"""What is on disk: against the source decoded anew, and against the hashes of conversion.json."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
-from converter.chunks import Pieces
+from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import CHECKSUM_BYTES, Chunk
 from converter.store import crc32c
 
+AGAIN = "convert again"
 
-def difference(directory: Path, chunk: Chunk, pieces: Pieces) -> str | None:
-    """Compare the file of `chunk` with what the source says it should hold. A line if they differ."""
+
+def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np.ndarray) -> tuple[bytes, str | None]:
+    """Read the file of `chunk` back, and compare it with its checksum and with what the source says it should hold.
+
+    Args:
+      pieces: of the same chunk, read anew from the source; None to check the checksum only.
+      buffer: from `check_buffer`, reused from chunk to chunk.
+
+    Returns:
+      The xxh3_128 of the values on disk, and a line if something is wrong.
+    """
     path, where = directory / chunk.path, f"{directory}: {chunk.target.name}: {chunk.path}"
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return f"{where}: missing; convert again"
+        return b"", f"{where}: missing; {AGAIN}"
     try:
-        found = os.fstat(fd).st_size
-        if found != chunk.nbytes:
-            return f"{where}: expected {chunk.nbytes} bytes, found {found}; convert again"
-        crc, offset = 0, 0
-        for piece in pieces:
-            data = piece.reshape(-1).view(np.uint8)
-            stored = read(fd, len(data), offset)
-            if not np.array_equal(stored, data):
-                byte = offset + int(np.argmax(stored != data))
-                return f"{where}: differs from the source, first in byte {byte}; convert again"
-            crc, offset = crc32c(crc, data), offset + len(data)
-        if read(fd, CHECKSUM_BYTES, offset).tobytes() != crc.to_bytes(CHECKSUM_BYTES, "little"):
-            return f"{where}: its checksum is wrong; convert again"
-        return None
+        size = os.fstat(fd).st_size
+        if size != chunk.nbytes:
+            return b"", f"{where}: expected {chunk.nbytes} bytes, found {size}; {AGAIN}"
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is clean is read from the disk, not from memory
+        crc, digest, offset = 0, xxhash.xxh3_128(), 0
+        for piece, nbytes in _expected(chunk, pieces):
+            stored = buffer[:nbytes]
+            read(fd, stored, offset)
+            if piece is not None and not np.array_equal(_words(stored), _words(piece)):
+                byte = offset + int(np.argmax(stored != piece))
+                return b"", f"{where}: differs from the source, first in byte {byte}; {AGAIN}"
+            crc = crc32c(crc, stored)
+            digest.update(stored.data)
+            offset += nbytes
+        checksum = buffer[:CHECKSUM_BYTES]
+        read(fd, checksum, offset)
+        if checksum.tobytes() != crc.to_bytes(CHECKSUM_BYTES, "little"):
+            return b"", f"{where}: its bytes and its checksum disagree; {AGAIN}"
+        return digest.digest(), None
     finally:
         os.close(fd)
 
 
-def read(fd: int, nbytes: int, offset: int) -> np.ndarray:
-    """uint8 [nbytes], fewer at the end of the file"""
-    out = np.empty(nbytes, np.uint8)
+def check_buffer() -> np.ndarray:
+    """A buffer for `check_chunk`."""
+    return np.empty(PIECE_BYTES, np.uint8)
+
+
+def _expected(chunk: Chunk, pieces: Pieces | None) -> Iterator[tuple[np.ndarray | None, int]]:
+    """What the file should hold (uint8, flat; None where only the length is known), piece by piece."""
+    if pieces is None:
+        for offset in range(0, chunk.target.chunk_nbytes, PIECE_BYTES):
+            yield None, min(PIECE_BYTES, chunk.target.chunk_nbytes - offset)
+        return
+    for piece in pieces:
+        flat = piece.reshape(-1).view(np.uint8)
+        for offset in range(0, len(flat), PIECE_BYTES):
+            part = flat[offset : offset + PIECE_BYTES]
+            yield part, len(part)
+
+
+def _words(data: np.ndarray) -> np.ndarray:
+    """The same bytes, eight at a time where their number allows: they compare faster."""
+    return data.view(np.uint64) if len(data) % 8 == 0 else data
+
+
+def read(fd: int, out: np.ndarray, offset: int) -> None:
+    """Fill `out` (uint8, flat) from `offset` on."""
     view = out.data
     while view:
         count = os.preadv(fd, [view], offset)
         if not count:
-            return out[: len(out) - len(view)]
+            raise OSError(f"file ended at byte {offset} while it was read")
         view, offset = view[count:], offset + count
-    return out

@@ -39,7 +39,8 @@ def test_json_is_one_object_on_standard_output(hf, tmp_path, capsys):
     assert report["peak_rss_bytes"] > 1 << 20
     assert report["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*/c/**/*") if path.is_file())
     assert report["bytes_read"] == sum(t[1] for t in _sizes(hf))
-    assert "converting: " in err and "verifying: " in err
+    assert "converting: " in err
+    assert "verifying: " in err
 
 
 def _sizes(path):
@@ -68,4 +69,5 @@ def test_bad_usage_is_2_without_a_traceback(argv, capsys):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

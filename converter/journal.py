@@ -1,0 +1,59 @@
+"""Which chunks have been written, and what their hashes are: a line for each. What resuming goes by.
+
+A line says that a chunk was written, not that the disk has it: whoever goes by it checks the hash.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+SYNC_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashes:
+    """Of one chunk: xxh3_128 digests."""
+
+    stored: bytes  # of the values on disk, without the checksum
+    read: tuple[bytes, ...]  # of what was read for it, one a source tensor
+
+
+class Journal:
+    """Appends to one process's journal. A line that a kill cut short is skipped by `read_journals`."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._synced = time.monotonic()
+        os.write(self._fd, b"\n")  # ends a line that was cut short
+
+    def add(self, chunk: str, hashes: Hashes) -> None:
+        """Note that the file `chunk` is written. Any thread may call this: a line is one write."""
+        line = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+        # The journal may lag behind after a power loss: chunks it does not name are written again.
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def read_journals(paths: Iterable[Path]) -> dict[str, Hashes]:
+    """Chunk -> its hashes, by all whole lines of all journals; the last one counts."""
+    found = {}
+    for path in paths:
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                data = json.loads(line)
+                hashes = Hashes(bytes.fromhex(data["stored"]), tuple(bytes.fromhex(digest) for digest in data["read"]))
+                found[str(data["chunk"])] = hashes
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
