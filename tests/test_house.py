@@ -1,0 +1,183 @@
+"""Who may import whom, and what starts without PyTorch and without JAX."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("oss_model", "converter", "parity")
+MODULES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+HEAVY = {"torch", "transformers", "accelerate"}
+
+
+def imports(source: str) -> set[str]:
+    """Every module that is imported anywhere in `source`, inside functions too, in full."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            assert node.module is not None
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name | ast.Attribute)
+            and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id) in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.add(str(node.args[0].value))
+    return found
+
+
+def packages(source: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(source)}
+
+
+def forbidden(module: str) -> set[str]:
+    """The packages that this file may not import, by DESIGN: who stands on whom."""
+    if module.startswith("oss_model/"):
+        return HEAVY | {"click", "rich", "converter", "parity"}
+    if module.startswith("converter/"):
+        return HEAVY | {"parity"}
+    if module == "parity/reference.py":  # the judge shares nothing with what it judges
+        return {"oss_model", "converter", "jax", "flax"}
+    return set() if module == "parity/cli.py" else {"converter"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports(module):
+    assert not packages((ROOT / module).read_text(encoding="utf-8")) & forbidden(module)
+
+
+def test_the_rules_are_about_files_that_exist():
+    assert {"oss_model/layouts.py", "converter/cli.py", "parity/reference.py", "parity/cli.py"} <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("oss_model/params.py", "import torch"),
+        ("oss_model/params.py", "import jax, transformers.utils as t"),
+        ("oss_model/params.py", "def f():\n    from converter import convert"),
+        ("oss_model/synthetic.py", "import click"),
+        ("converter/plan.py", "from parity.metrics import relative"),
+        ("converter/plan.py", "def f():\n    import torch"),
+        ("parity/reference.py", "from oss_model.mxfp4 import decode"),
+        ("parity/reference.py", "import importlib\nimportlib.import_module('oss_model.layouts')"),
+        ("parity/comparison.py", "import converter.plan"),
+    ],
+)
+def test_a_forbidden_import_is_seen(module, line):
+    assert packages(line) & forbidden(module)
+
+
+def test_parity_uses_only_the_converters_public_names():
+    import converter
+
+    used = {name for name in imports((ROOT / "parity/cli.py").read_text(encoding="utf-8")) if name.startswith("converter.")}
+    assert used <= {f"converter.{name}" for name in converter.__all__}
+    assert used
+
+
+# --- what starts without what -----------------------------------------------------------------------------------
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " was imported, and may not be")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def start(code: str, blocked: set[str]) -> subprocess.CompletedProcess:
+    """Run `code` in an interpreter in which none of `blocked` can be imported."""
+    program = BLOCKER.format(blocked=tuple(sorted(blocked))) + code
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+
+
+def command_line(module: str, *arguments: str) -> str:
+    return f"\nsys.argv = {[module, *arguments]!r}\nfrom {module}.cli import main\nmain()\n"
+
+
+def test_the_blocker_blocks():
+    run = start("import torch.nn", HEAVY)
+    assert run.returncode == 1
+    assert "ImportError: torch was imported, and may not be" in run.stderr
+    assert start("import json", HEAVY).returncode == 0
+
+
+def test_the_whole_of_oss_model_imports_without_pytorch():
+    names = [f"oss_model.{path.stem}" for path in sorted((ROOT / "oss_model").glob("*.py")) if path.stem != "__init__"]
+    code = f"""
+import importlib
+import oss_model
+print([getattr(oss_model, name).__name__ for name in oss_model.__all__])
+for name in {names!r}:
+    importlib.import_module(name)
+print(sorted(set(sys.modules) & {HEAVY | {"click", "converter", "parity"}!r}))
+"""
+    run = start(code, HEAVY)
+    assert run.returncode == 0, run.stderr
+    import oss_model
+
+    assert run.stdout.splitlines() == [repr(oss_model.__all__), "[]"]
+
+
+def test_importing_oss_model_costs_no_jax():
+    run = start(
+        "import oss_model\nfrom oss_model import ModelConfig, InputError\nprint(ModelConfig.tiny().num_experts)", {"jax"}
+    )
+    assert (run.returncode, run.stdout) == (0, "9\n"), run.stderr
+
+
+@pytest.mark.parametrize("module", ["converter", "parity"])
+def test_help_needs_neither_pytorch_nor_jax(module):
+    run = start(command_line(module, "--help"), HEAVY | {"jax", "jaxlib", "flax", "orbax", "tensorstore", "numpy"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Usage:")
+
+
+@pytest.mark.parametrize(("script", "module"), [("convert-oss", "converter.cli"), ("check-parity", "parity.cli")])
+def test_the_console_scripts_are_these_functions(script, module):
+    from importlib.metadata import entry_points
+
+    [found] = entry_points(group="console_scripts", name=script)
+    assert found.value == f"{module}:main"
+
+
+def test_unknown_names_are_attribute_errors():
+    import oss_model
+
+    with pytest.raises(AttributeError, match="module 'oss_model' has no attribute 'Transfomer'"):
+        oss_model.Transfomer  # noqa: B018
+    assert sorted(oss_model.__all__) == sorted(oss_model._HOME)
+
+
+def test_the_packages_are_listed_by_name():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"] == list(PACKAGES)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(PACKAGES)
+
+
+def test_the_base_installation_has_no_pytorch():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {line.split(">")[0].split("[")[0] for line in project["dependencies"]}
+    assert not names & HEAVY
+    assert {line.split(">")[0].split("=")[0] for line in project["optional-dependencies"]["parity"]} == HEAVY
+
+
+def test_the_model_can_be_read_in_one_sitting():
+    assert len((ROOT / "oss_model/modeling.py").read_text(encoding="utf-8").splitlines()) <= 300
