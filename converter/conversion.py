@@ -14,7 +14,7 @@ from pathlib import Path
 from converter.chunks import Reader
 from converter.destination import Destination
 from converter.errors import Different, Incomplete
-from converter.journal import Hashes
+from converter.journal import Hashes, Journal
 from converter.manifest import fingerprint, make_manifest
 from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure

@@ -1,0 +1,305 @@
+"""Cut off anywhere, a conversion is taken up, ends byte-identical, and never looks complete before it is."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from converter import conversion, convert
+from converter.errors import Incomplete
+from converter.store import Store
+from converter.workspace import Workspace
+from oss_model.errors import InputError
+
+TIME_STAMPED = {"_CHECKPOINT_METADATA", "conversion.json"}
+
+
+@pytest.fixture(scope="module")
+def hf(sources) -> Path:
+    return sources["hf"]
+
+
+@pytest.fixture(scope="module")
+def whole(hf, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(hf, out, verify=False)
+    return contents(out)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    found = {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+    manifest = json.loads(found["conversion.json"])
+    found["hashes"] = json.dumps([manifest["tensors"], manifest["files"].keys() - TIME_STAMPED], default=sorted).encode()
+    return {name: data for name, data in found.items() if name not in TIME_STAMPED}
+
+
+@pytest.fixture
+def fail_after(monkeypatch):
+    """Make the n-th chunk fail, half written, as a full disk does."""
+
+    def install(count: int) -> None:
+        write, left = Store.write_chunk, [count]
+
+        def failing(self, chunk, pieces):
+            left[0] -= 1
+            if left[0] < 0:
+                path = self.directory / chunk.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, chunk, pieces)
+
+        monkeypatch.setattr(Store, "write_chunk", failing)
+
+    yield install
+    monkeypatch.undo()
+
+
+def cut_off(hf: Path, out: Path, fail_after, monkeypatch, count: int = 100) -> Path:
+    """Convert until the disk is full; returns the unfinished checkpoint."""
+    fail_after(count)
+    with pytest.raises(Incomplete):
+        convert(hf, out)
+    monkeypatch.undo()
+    assert not out.exists()
+    return out.with_name(out.name + ".partial") / "checkpoint"
+
+
+def test_a_full_disk_loses_nothing(hf, whole, tmp_path, fail_after, monkeypatch):
+    out = tmp_path / "out"
+    fail_after(100)
+    with pytest.raises(Incomplete) as caught:
+        convert(hf, out)
+    assert str(caught.value) == (
+        f"{out}.partial: the disk is full; what is written is kept there: make room, and the same command resumes"
+    )
+    monkeypatch.undo()
+    assert not out.exists()
+    result = convert(hf, out)
+    assert result.status == "resumed"
+    total = sum(len(data) for name, data in whole.items() if "/c/" in name)
+    written = sum(len(data) for name, data in whole.items() if "/c/" in name) - result.bytes_written
+    assert 0 < result.bytes_written < total
+    assert written > total // 3
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_power_loss_may_take_any_part_of_what_was_written(hf, whole, tmp_path, fail_after, monkeypatch, seed):
+    partial = cut_off(hf, tmp_path / "out", fail_after, monkeypatch)
+    chance = random.Random(seed)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    for path in [*chance.sample(files, len(files) // 2), *partial.parent.glob("journal.*")]:
+        data = path.read_bytes()
+        keep = chance.randrange(len(data))
+        # Dropped, truncated, or of its full length with zeros where data had not arrived.
+        match chance.randrange(3) if partial in path.parents else 1:
+            case 0:
+                path.unlink()
+            case 1:
+                path.write_bytes(data[:keep])
+            case 2:
+                path.write_bytes(data[:keep] + bytes(len(data) - keep))
+    assert convert(hf, tmp_path / "out").verified
+    assert contents(tmp_path / "out") == whole
+
+
+def test_everything_is_on_the_disk_before_the_rename(hf, tmp_path, monkeypatch):
+    fsync, synced, checked = os.fsync, {}, []
+
+    def recording(fd):
+        fsync(fd)
+        synced[os.fstat(fd).st_ino] = os.fstat(fd).st_mtime_ns
+
+    def rename(self, target):
+        for path in [self, *self.rglob("*")]:
+            assert synced.get(path.stat().st_ino) == path.stat().st_mtime_ns, path
+            checked.append(path)
+        return os.rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(Path, "rename", rename)
+    convert(hf, tmp_path / "out", verify=False)
+    assert len(checked) > 168 * 2
+    assert synced.get(tmp_path.stat().st_ino) is not None
+
+
+def test_another_dtype_source_or_version_is_noticed(hf, whole, tmp_path, fail_after, monkeypatch):
+    out = tmp_path / "out"
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-rp", hf, source], check=True)
+    cut_off(source, out, fail_after, monkeypatch)
+    what_to_do = "remove that directory, or --overwrite, to begin anew"
+    with pytest.raises(InputError) as caught:
+        convert(source, out, "mxfp4")
+    assert caught.value.faults == [
+        f'{out}.partial: an unfinished conversion with another dtype: expected "bfloat16", found "mxfp4"; {what_to_do}'
+    ]
+    before = (source / "model.safetensors").stat().st_mtime_ns
+    os.utime(source / "model.safetensors")
+    with pytest.raises(InputError, match=r"an unfinished conversion with another source: expected .*, found .*; remove that"):
+        convert(source, out)
+    os.utime(source / "model.safetensors", ns=(before, before))
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.manifest.FORMAT", 99)
+        with pytest.raises(InputError, match=r"an unfinished conversion with another version: expected .*, found .*99"):
+            convert(source, out)
+    assert convert(source, out, "mxfp4", overwrite=True).status == "complete"
+    assert json.loads((out / "conversion.json").read_text())["dtype"] == "mxfp4"
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(hf, tmp_path):
+    source = tmp_path / "source"
+    subprocess.run(["cp", "-rp", hf, source], check=True)
+
+    def touch(progress):
+        os.utime(source / "model.safetensors")
+
+    with pytest.raises(InputError, match="changed while it was read; leave it alone and convert again"):
+        convert(source, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_converter_refuses(hf, tmp_path):
+    busy = []
+
+    def another(progress):
+        if not busy:
+            with pytest.raises(InputError) as caught:
+                convert(hf, tmp_path / "out")
+            busy.append(str(caught.value))
+
+    convert(hf, tmp_path / "out", progress=another)
+    assert busy == [f"{tmp_path}/out.partial: another convert-oss is writing there; wait until it has ended, or end it"]
+
+
+def test_what_is_not_an_unfinished_conversion_is_left_alone(hf, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"expected an unfinished conversion, found other files \(thesis.tex\); move"):
+        convert(hf, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the last rename", "before tidying", "while tidying"])
+def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
+    convert(hf, tmp_path / "out", "mxfp4")  # replaced below: the old one must not be lost before the new one is there
+
+    def dies(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if moment == "before the last rename":
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda self, to: dies() if self.name == "checkpoint" else rename(self, to))
+    elif moment == "before tidying":
+        monkeypatch.setattr(Workspace, "discard", dies)
+    else:
+        monkeypatch.setattr("converter.workspace.shutil", SimpleNamespace(rmtree=dies))
+    with pytest.raises(KeyboardInterrupt):
+        convert(hf, tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    result = convert(hf, tmp_path / "out")
+    assert result.status == "resumed"
+    assert result.bytes_written == 0
+    assert contents(tmp_path / "out") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- processes that are killed ----------------------------------------------------------------------------------
+
+SLOWLY = """
+import sys, time
+from converter.store import Store
+from converter.cli import main
+write = Store.write_chunk
+def slow(*args):
+    time.sleep(0.01)
+    return write(*args)
+Store.write_chunk = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def begin(*argv: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", SLOWLY, *map(str, argv)], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_chunks(out: Path, count: int) -> None:
+    journals = out.with_name(out.name + ".partial")
+    deadline = time.monotonic() + 60
+    while sum(path.read_bytes().count(b"chunk") for path in journals.glob("journal.*")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_sigkill_at_any_moment(hf, whole, tmp_path):
+    out = tmp_path / "out"
+    for count in (1, 40, 120):
+        process = begin(hf, out)
+        wait_for_chunks(out, count)
+        process.kill()
+        process.communicate()
+        assert not out.exists()
+    result = convert(hf, out)
+    assert (result.status, result.verified) == ("resumed", True)
+    assert result.bytes_written < 0.6 * sum(len(data) for name, data in whole.items() if "/c/" in name)
+    assert contents(out) == whole
+
+
+def test_ctrl_c_finishes_what_is_under_way_and_says_how_to_go_on(hf, whole, tmp_path):
+    out = tmp_path / "out"
+    process = begin(hf, out, "-q")
+    wait_for_chunks(out, 20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert err == f"error: interrupted; what is written is kept in {out}.partial: run the same command again to go on\n"
+    assert process.returncode == 130
+    assert not out.exists()
+    noted = len([line for line in (tmp_path / "out.partial" / "journal.1-of-1").read_text().splitlines() if line])
+    files = len([path for path in (tmp_path / "out.partial").glob("checkpoint/*/c/**/*") if path.is_file()])
+    assert noted == files
+    assert convert(hf, out).status == "resumed"
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path, count):
+    out = tmp_path / "out"
+    processes = [begin(hf, out, "-q", "--process", f"{index}/{count}") for index in range(1, count + 1)]
+    wait_for_chunks(out, 20)
+    processes[-1].kill()
+    for process in processes[:-1]:
+        assert process.wait() == 0, process.stderr.read()
+    processes[-1].communicate()
+    assert not out.exists()
+    again = begin(hf, out, "-q", "--process", f"{count}/{count}")
+    assert again.communicate()[1] == ""
+    assert again.returncode == 0
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for process in processes:
+        process.stderr.close()
+
+
+def test_the_same_share_twice_at_once_is_refused(hf, tmp_path):
+    mine = Workspace(tmp_path / "out.partial", (1, 2))
+    mine.enter(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
+    with pytest.raises(InputError, match=r"process 1/2 is already at work there; wait until it has ended, or end it"):
+        convert(hf, tmp_path / "out", process=(1, 2))
+    with pytest.raises(InputError, match="a conversion by 2 processes runs there"):
+        convert(hf, tmp_path / "out", process=(1, 3))
+    with pytest.raises(InputError, match="another convert-oss is writing there"):
+        convert(hf, tmp_path / "out")
+    mine.leave()
+    assert convert(hf, tmp_path / "out").status == "complete"
