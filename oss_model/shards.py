@@ -90,6 +90,7 @@ class Shards:
         """
         tensor = self.tensors[name]
         start, stop, _ = rows.indices(tensor.shape[0])
+        stop = max(start, stop)
         row_bytes = tensor.nbytes // tensor.shape[0]
         nbytes = (stop - start) * row_bytes
         out = np.empty(nbytes, np.uint8) if buffer is None else buffer[:nbytes]
