@@ -118,11 +118,11 @@ class Candidate:
 
 
 def _watch(seen: dict[str, jax.Array], forced: Mapping[str, jax.Array] | Arrays):
-    """A hook that keeps what each part of the model computed, and goes on with `forced` where it is given."""
+    """A hook that keeps what each part of the model computed, and goes on with `forced` where it is given and fits."""
 
     def hook(layer: int | None, name: str, value: jax.Array) -> jax.Array:
         seen[name] = value
-        if name not in forced:
+        if name not in forced or forced[name].size != value.size:
             return value
         return jnp.asarray(forced[name]).reshape(value.shape).astype(value.dtype)
 

@@ -60,7 +60,7 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     if source is not None:
         manifest = source / "conversion.json"
         try:
-            return Path(json.loads(manifest.read_text(encoding="utf-8"))["source"]), source
+            return Path(json.loads(manifest.read_text(encoding="utf-8"))["source"]["path"]), source
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{manifest}: expected a manifest of convert-oss, found none ({e}); give SRC and DST") from None
     from converter import convert

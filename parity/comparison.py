@@ -128,28 +128,39 @@ class _Run:
         if self.report.layers:
             got = self.candidate.run(block, jax.numpy.asarray(truth.numpy()), taps)
             for name in LAYER_TAPS:
-                if name == "expert_choice" and name in taps and name in got:
+                have, want = got.get(name), taps.get(name)
+                if have is None or want is None or have.size != want.size:
+                    self.tap(n, name, have, want)
+                elif name == "expert_choice":
                     self.choice(n, taps, got)
-                elif name == "mlp_out" and name in taps and name in got:
+                elif name == "mlp_out":
                     self.experts(n, expected, block, taps, got)
                 else:
-                    self.tap(n, name, got.get(name), taps.get(name))
-        replay = self.candidate.run(block, replayed, {"expert_choice": taps["expert_choice"]})
+                    self.tap(n, name, have, want)
         free = self.candidate.run(block, own, {})
-        self.report.flips += [
-            {"layer": n} | flip
-            for flip in metrics.flips(
-                taps["router_logits"], taps["expert_choice"], free["router_logits"], free["expert_choice"]
-            )
-        ]
-        after = torch.from_numpy(taps["layer_out"])
-        return after, jax.numpy.asarray(replay["layer_out"]), jax.numpy.asarray(free["layer_out"])
+        if replayed is own and np.array_equal(free["expert_choice"], taps["expert_choice"]):
+            replay = free  # no expert has flipped so far: with the reference's routing it is the same run
+        else:
+            replay = self.candidate.run(block, replayed, {"expert_choice": taps["expert_choice"]})
+        if free["expert_choice"].shape == taps["expert_choice"].shape:
+            routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
+            self.report.flips += [{"layer": n} | flip for flip in metrics.flips(*routing)]
+        after = jax.numpy.asarray(free["layer_out"])
+        return (
+            torch.from_numpy(taps["layer_out"]),
+            after if replay is free else jax.numpy.asarray(replay["layer_out"]),
+            after,
+        )
 
     def tap(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
         """Judge one component. [tokens, ...] and [batch, length, ...] are both taken."""
         if got is None or want is None:
             side = "candidate" if got is None else "reference"
             self.report.taps.append(TapResult(layer, name, 1.0, 0.0, "incomplete", f"the {side} has no such tap"))
+            return
+        if got.size != want.size:
+            note = f"shape {list(got.shape)}, should be {list(want.shape)}"
+            self.report.taps.append(TapResult(layer, name, 1.0, 0.0, "fail", note))
             return
         got = got.reshape(want.shape)
         if want.ndim == 2:
