@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import resource
 import shutil
 import threading
 import time
@@ -16,6 +15,7 @@ from converter.destination import Destination
 from converter.errors import Different, Incomplete
 from converter.journal import Hashes, Journal
 from converter.manifest import fingerprint, make_manifest
+from converter.memory import peak_rss
 from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
 from converter.source import companions, open_source
@@ -130,7 +130,7 @@ def convert(
         bytes_read=run.bytes_read,
         bytes_written=run.bytes_written,
         seconds=round(time.perf_counter() - start, 3),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss(),
         verified=verify and finished and not tidied,
     )
 

@@ -6,9 +6,8 @@ import os
 import time
 from pathlib import Path
 
-import psutil
-
 from converter.chunks import PIECE_BYTES, Reader
+from converter.memory import rss
 from converter.plan import Chunk, Plan, Target
 from converter.threads import WORKERS
 from oss_model.errors import InputError
@@ -48,7 +47,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
     Raises:
       InputError: if the disk has too little room, or `max_memory` is too small for a single thread.
     """
-    base = psutil.Process().memory_info().rss + SLACK_BYTES
+    base = rss() + SLACK_BYTES
     each = max(reader_bytes(target) for target in plan.targets)
     workers = WORKERS
     if max_memory is not None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from converter.memory import rss
+
 if TYPE_CHECKING:
     from converter.conversion import Progress
 
@@ -43,7 +45,7 @@ def _bar() -> Iterator[Show]:
         tasks: dict = {}
 
         def show(progress: "Progress") -> None:
-            tensors, memory = f"{progress.tensors_done}/{progress.tensors_total}", f"{_memory() >> 20} MiB"
+            tensors, memory = f"{progress.tensors_done}/{progress.tensors_total}", f"{rss() >> 20} MiB"
             if progress.phase not in tasks:
                 tasks[progress.phase] = bar.add_task(progress.phase, total=progress.bytes_total, tensors=tensors, memory=memory)
             bar.update(tasks[progress.phase], completed=progress.bytes_done, tensors=tensors, memory=memory)
@@ -67,14 +69,8 @@ def _lines() -> Show:
         left = f", {(progress.bytes_total - progress.bytes_done) / rate:.0f} s left" if rate and not whole else ""
         print(
             f"{progress.phase}: {progress.bytes_done / 1e9:.2f} of {progress.bytes_total / 1e9:.2f} GB, "
-            f"{progress.tensors_done} of {progress.tensors_total} tensors, {rate / 1e9:.2f} GB/s{left}, {_memory() >> 20} MiB",
+            f"{progress.tensors_done} of {progress.tensors_total} tensors, {rate / 1e9:.2f} GB/s{left}, {rss() >> 20} MiB",
             file=sys.stderr,
         )
 
     return show
-
-
-def _memory() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 
 from converter import convert, plan, preflight
@@ -100,7 +99,7 @@ def test_max_memory_takes_threads_away(sources, tmp_path, monkeypatch):
     checkpoint = Checkpoint(sources["hf"])
     planned = make_plan(checkpoint, "bfloat16")
     each = max(preflight.reader_bytes(target) for target in planned.targets)
-    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=100 << 20))
+    monkeypatch.setattr(preflight, "rss", lambda: 100 << 20)
     base = (100 << 20) + preflight.SLACK_BYTES
     for room, workers in ((1, 1), (1.9, 1), (2, 2), (50, preflight.WORKERS)):
         assert preflight.measure(checkpoint, planned, tmp_path, base + int(each * room)).workers == workers
