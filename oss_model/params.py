@@ -31,7 +31,7 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
       mesh: devices to place the parameters on, cut as `oss_model.sharding` says; the default device if None.
 
     Raises:
-      InputError: naming everything that is missing, unexpected or misshaped.
+      InputError: naming everything that is missing, unexpected or misshaped, or the first damage found.
     """
     path = Path(checkpoint_path).absolute()
     if is_orbax(path):
@@ -102,12 +102,11 @@ def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, d
 
 def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[str]:
     """Compare two dicts of name -> (shape, dtype), by name and shape; one line a difference."""
-    faults = [
-        f"{path}: {name}: missing; cfg needs it. Is cfg that of this checkpoint?" for name in expected if name not in found
-    ]
+    ask = "is cfg that of this checkpoint?"
+    faults = [f"{path}: {name}: missing; cfg needs it: {ask}" for name in expected if name not in found]
     for name, (shape, _) in found.items():
         if name not in expected:
-            faults.append(f"{path}: {name}: unexpected; cfg has no such parameter: {which}")
+            faults.append(f"{path}: {name}: unexpected; cfg has no such parameter: {ask}")
         elif shape != expected[name][0]:
             faults.append(f"{path}: {name}: expected shape {list(expected[name][0])} by cfg, found {list(shape)}")
     return faults
@@ -121,8 +120,15 @@ def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
         value = variable.get_value()
         dtype = dtypes[parameter_name(keys)]
         variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
-    with ocp.StandardCheckpointer() as checkpointer:
-        return nnx.merge(graphdef, checkpointer.restore(path, state))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(path, state)
+    except Exception as e:  # Orbax raises bare Exceptions for missing and damaged chunks
+        reason = str(e).split(". See full", 1)[0].splitlines()[0]
+        raise InputError(
+            f"{path}: expected a whole checkpoint, found one that cannot be read ({reason}): try verify-oss"
+        ) from e
+    return nnx.merge(graphdef, state)
 
 
 def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
