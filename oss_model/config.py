@@ -229,7 +229,8 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
             take(scope, _ROPE_KEYS, f"{key}.")
             for unknown in sorted(scope):
                 faults.append(f"{where}: {key}.{unknown}: not implemented, and it would change the rotation")
-        rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
+        for key in ("rope_parameters", "rope_scaling"):
+            rest.pop(key, None)
         take(rest, _HF_ECHOES, "")
     else:
         take(rest, _OPENAI_KEYS, "")
