@@ -145,6 +145,11 @@ class _Run:
         if free["expert_choice"].shape == taps["expert_choice"].shape:
             routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
             self.report.flips += [{"layer": n} | flip for flip in metrics.flips(*routing)]
+        error = {
+            name: float(metrics.token_rel_l2(run["layer_out"], taps["layer_out"]).max())
+            for name, run in (("replayed", replay), ("own", free))
+        }
+        self.report.growth.append({"layer": n} | {name: min(worst, metrics.WORST) for name, worst in error.items()})
         after = jax.numpy.asarray(free["layer_out"])
         return (
             torch.from_numpy(taps["layer_out"]),
@@ -166,11 +171,11 @@ class _Run:
         if want.ndim == 2:
             got, want = got[None], want[None]
         errors = metrics.token_rel_l2(got, want)
-        worst = min(float(errors.max()), 1e9)  # JSON has no infinity
+        worst = min(float(errors.max()), metrics.WORST)
         bad = errors > metrics.SEMANTICS_GATE
         verdict = "fail" if bad.any() else "ok"
         where = _which_tokens(np.any(bad, axis=0)) if bad.any() else ""
-        largest = float(np.nan_to_num(np.abs(got - want), nan=1e9, posinf=1e9).max())
+        largest = float(metrics.finite(np.abs(got - want)).max())
         note = "; ".join(part for part in (note, where) if part)
         self.report.taps.append(TapResult(layer, name, worst, largest, verdict, note))
 
@@ -220,7 +225,9 @@ class _Run:
             got = self.candidate.unembed(jax.numpy.asarray(truth.numpy()), arrays, taps)
             for name in ("final_norm", "logits"):
                 self.tap(None, name, got[name], taps[name])
-        run: dict[str, Any] = metrics.free_run(taps["logits"], self.candidate.unembed(replayed, arrays, {})["logits"])
+        logits = self.candidate.unembed(replayed, arrays, {})["logits"]
+        run: dict[str, Any] = metrics.free_run(taps["logits"], logits)
+        self.report.token_kl = metrics.finite(metrics.kl(taps["logits"], logits)).reshape(-1).tolist()
         run["gate"] = metrics.FREE_RUN_GATE * run["max_logit"]
         run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
         run["own_routing"] = metrics.free_run(taps["logits"], self.candidate.unembed(own, arrays, {})["logits"])

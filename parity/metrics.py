@@ -15,6 +15,13 @@ ROPE_GATE = 1e-6
 FLIP_MARGIN = 4.0
 
 
+WORST = 1e9  # stands for infinity and for what is no number at all: JSON has neither
+
+
+def finite(numbers: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(numbers, nan=WORST, posinf=WORST, neginf=WORST)
+
+
 def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     """Relative L2 error of each token.
 
@@ -47,9 +54,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def free_run(want: np.ndarray, got: np.ndarray) -> dict[str, float]:
     """How far logits [batch, length, vocab] are apart, as numbers for the report."""
     divergence = kl(want, got)
-    worst = float(np.abs(got.astype(np.float64) - want).max())
+    divergence = finite(divergence)
     return {
-        "max_abs": worst,
+        "max_abs": float(finite(np.abs(got.astype(np.float64) - want)).max()),
         "max_logit": float(np.abs(want).max()),
         "kl_mean": float(divergence.mean()),
         "kl_p95": float(np.quantile(divergence, 0.95)),

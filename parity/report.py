@@ -27,7 +27,8 @@ class Weight:
 class TapResult:
     """One component of one layer, fed the reference's own input.
 
-    `worst_token_rel_l2` is the number judged; `port_over_reference` is filled by the precision arm.
+    `worst_token_rel_l2` is the number judged. `port_over_reference` is the precision arm's: the port's error against
+    the float32 oracle over the reference's own, both in bfloat16.
     """
 
     layer: int | None
@@ -50,6 +51,9 @@ class Report:
     weights: list[Weight] = dataclasses.field(default_factory=list)
     taps: list[TapResult] = dataclasses.field(default_factory=list)
     free_run: dict[str, Any] | None = None
+    growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "replayed", "own"}: worst token
+    # of the residual stream after each layer of the free run, relative L2
+    token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
     peak_rss_bytes: int = 0
@@ -95,6 +99,8 @@ class Report:
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
+            "growth": self.growth,
+            "token_kl": self.token_kl,
             "flips": self.flips,
             "incomplete": self.incomplete,
             "peak_rss_bytes": self.peak_rss_bytes,
