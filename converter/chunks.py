@@ -9,9 +9,10 @@ import xxhash
 
 from converter.plan import Chunk
 from oss_model import mxfp4
+from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
 
-PIECE_BYTES = 1 << 20  # of output: decoded, hashed and written while it is in the cache
+PIECE_BYTES = 1 << 19  # of output: decoded, hashed and written while it is in the cache
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -25,56 +26,75 @@ class Reader:
         self._buffers: dict[str, np.ndarray] = {}
 
     def pieces(self, chunk: Chunk) -> "Pieces":
-        """Read what `chunk` is made of."""
-        parts, digests = [], []
-        for number, entry in enumerate(chunk.target.sources):
-            row = math.prod(entry.checkpoint_shape) // entry.checkpoint_shape[0]
-            span = chunk.span
-            if chunk.target.rows == chunk.target.shape[0]:  # whole, and its first axis may be split: (heads dim)
-                span = slice(0, entry.checkpoint_shape[0])
-            nbytes = (span.stop - span.start) * row * (1 if entry.packed else 4)
-            part = self.checkpoint.read(entry, span, self._buffer(f"in {number}", nbytes))
-            self.bytes_read += part.nbytes
-            digests.append(xxhash.xxh3_128(part.reshape(-1).view(np.uint8).data).digest())
-            parts.append(entry.to_model(part))
-        return Pieces(chunk, parts, digests, self._buffer)
+        return Pieces(self, chunk)
 
-    def _buffer(self, use: str, nbytes: int) -> np.ndarray:
-        """uint8 [>= nbytes]"""
+    def read(self, entry: Entry, rows: slice, use: str) -> np.ndarray:
+        """Rows of the checkpoint's tensor, in the buffer for this `use`: valid until the next time."""
+        row = math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4)
+        part = self.checkpoint.read(entry, rows, self.buffer(use, (rows.stop - rows.start) * row))
+        self.bytes_read += part.nbytes
+        return part
+
+    def buffer(self, use: str, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes]"""
         if use not in self._buffers or len(self._buffers[use]) < nbytes:
             self._buffers[use] = np.empty(nbytes, np.uint8)
-        return self._buffers[use]
+        return self._buffers[use][:nbytes]
 
 
 class Pieces:
-    """The values of one chunk: iterate for contiguous arrays, in C order. Each is valid until the next one."""
+    """The values of one chunk: iterate, once, for contiguous arrays in C order. Each is valid until the next one."""
 
-    def __init__(self, chunk: Chunk, parts: list[np.ndarray], digests: list[bytes], buffer):
-        self.chunk = chunk
-        self.digests = digests  # xxh3_128 of the bytes read, one a source
-        self._parts = parts  # in the model's orientation: views of what was read
-        self._buffer = buffer
+    def __init__(self, reader: Reader, chunk: Chunk):
+        self._reader, self._chunk, self._dtype = reader, chunk, chunk.target.dtype
+        self._hashes = [xxhash.xxh3_128() for _ in chunk.target.sources]
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """xxh3_128 of the bytes read, one a source, once all pieces have been taken."""
+        return tuple(found.digest() for found in self._hashes)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        first, dtype = self._parts[0], self.chunk.target.dtype
-        lead = first.shape[: -len(self._parts)]  # [..., groups, 16] with [..., groups], or [..., last]
-        row = self.chunk.target.shape[-1] * dtype.itemsize
-        for index in runs(lead, row):
-            if len(self._parts) == 2:
-                yield self._decoded(self._parts[0][index], self._parts[1][index])
-            else:
-                yield self._stored(first[index])
-        missing = self.chunk.target.rows - (self.chunk.span.stop - self.chunk.span.start)
+        target, span = self._chunk.target, self._chunk.span
+        if target.rows == target.shape[0]:  # all of it; and its first axis may be split: (heads dim)
+            span = slice(0, target.sources[0].checkpoint_shape[0])
+        if len(target.sources) == 2:
+            yield from self._decoded(span)
+        elif target.sources[0].keeps_order:
+            yield from self._in_order(span)
+        else:
+            yield from self._rearranged(span)
+        missing = target.rows - (self._chunk.span.stop - self._chunk.span.start)
         for _ in range(missing):
-            yield np.zeros(self.chunk.target.shape[1:], dtype)
+            yield np.zeros(target.shape[1:], self._dtype)
 
-    def _decoded(self, blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        out = self._out("decoded", (blocks.size * 2,), BFLOAT16)
-        return self._stored(mxfp4.decode(blocks, scales, out=out))
+    def _in_order(self, span: slice) -> Iterator[np.ndarray]:
+        """What is stored as it was read: a piece is still in the cache when it is written."""
+        entry = self._chunk.target.sources[0]
+        step = max(1, PIECE_BYTES // (math.prod(entry.checkpoint_shape[1:]) * self._dtype.itemsize))
+        for start in range(span.start, span.stop, step):
+            yield self._stored(self._read(0, slice(start, min(start + step, span.stop))))
+
+    def _rearranged(self, span: slice) -> Iterator[np.ndarray]:
+        parameter = self._chunk.target.sources[0].to_model(self._read(0, span))  # a view
+        for index in runs(parameter.shape[:-1], parameter.shape[-1] * self._dtype.itemsize):
+            yield self._stored(parameter[index])
+
+    def _decoded(self, span: slice) -> Iterator[np.ndarray]:
+        entries = self._chunk.target.sources
+        blocks, scales = (entry.to_model(self._read(number, span)) for number, entry in enumerate(entries))
+        for index in runs(scales.shape[:-1], self._chunk.target.shape[-1] * self._dtype.itemsize):
+            out = self._out("decoded", (blocks[index].size * 2,), BFLOAT16)
+            yield self._stored(mxfp4.decode(blocks[index], scales[index], out=out))
+
+    def _read(self, number: int, rows: slice) -> np.ndarray:
+        part = self._reader.read(self._chunk.target.sources[number], rows, f"in {number}")
+        self._hashes[number].update(part.reshape(-1).view(np.uint8).data)
+        return part
 
     def _stored(self, values: np.ndarray) -> np.ndarray:
         """`values` as contiguous `target.dtype`. Exact: `open_source` has refused what would not be."""
-        dtype = self.chunk.target.dtype
+        dtype = self._dtype
         if values.dtype == dtype:
             if values.flags.c_contiguous:
                 return values
@@ -91,7 +111,7 @@ class Pieces:
 
     def _out(self, use: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         nbytes = math.prod(shape) * dtype.itemsize
-        return self._buffer(use, nbytes)[:nbytes].view(dtype).reshape(shape)
+        return self._reader.buffer(use, nbytes).view(dtype).reshape(shape)
 
 
 def runs(lead: tuple[int, ...], row_bytes: int) -> Iterator[tuple[int | slice, ...]]:

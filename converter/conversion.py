@@ -198,7 +198,7 @@ class Run:
         def write(chunk: Chunk) -> tuple[Chunk, int]:
             before, pieces = reader.bytes_read, reader.pieces(chunk)
             stored = self.store.write_chunk(chunk, pieces)
-            journal.add(chunk.path, Hashes(stored, tuple(pieces.digests)))
+            journal.add(chunk.path, Hashes(stored, pieces.digests))
             return chunk, reader.bytes_read - before
 
         return write

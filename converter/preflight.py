@@ -29,13 +29,17 @@ class Needs:
 
 
 def reader_bytes(target: Target) -> int:
-    """What a `Reader` holds for a chunk of `target`: the bytes read and a few pieces of output."""
-    total = 0
+    """What a `Reader` holds for a chunk of `target`: what is read at a time, and pieces of output."""
+    row = target.shape[-1] * target.dtype.itemsize
+    total = 4 * max(PIECE_BYTES, row)
     for entry in target.sources:
-        rows = entry.checkpoint_shape[0] if target.rows == target.shape[0] else target.rows
-        width = 1 if entry.packed else 4  # float32 at the most
-        total += rows * math.prod(entry.checkpoint_shape) // entry.checkpoint_shape[0] * width
-    return total + 4 * max(PIECE_BYTES, target.shape[-1] * target.dtype.itemsize)
+        count, *rest = entry.checkpoint_shape
+        nbytes = math.prod(rest) * (1 if entry.packed else 4)  # of a row; float32 at the most
+        if len(target.sources) == 1 and entry.keeps_order:
+            total += max(4 * PIECE_BYTES, nbytes)
+        else:
+            total += nbytes * (count if target.rows == target.shape[0] else target.rows)
+    return total
 
 
 def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int | None) -> Needs:

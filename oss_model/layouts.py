@@ -171,6 +171,12 @@ class Entry:
         return self._shape(1)
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether axes are only split: the checkpoint's bytes, as they come, are the parameter in C order."""
+        before, after = (re.findall(r"\w+", side) for side in self.pattern.split("->"))
+        return before == after
+
+    @property
     def rows(self) -> slice:
         """Where this parameter lies along the first axis of the checkpoint's tensor."""
         return slice(self.start, self.start + self.checkpoint_shape[0])
