@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from oss_model.cache import init_cache
     from oss_model.config import ModelConfig
     from oss_model.errors import InputError
     from oss_model.layers import RMSNorm, RotaryEmbedding
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 # Imported on first use, so that the command lines, which read only the tables, start without JAX.
 _HOME = {
+    "init_cache": "cache",
     "ModelConfig": "config",
     "InputError": "errors",
     "AttentionBlock": "modeling",
@@ -32,6 +34,7 @@ __all__ = [
     "Transformer",
     "TransformerBlock",
     "create_model_from_checkpoint",
+    "init_cache",
 ]
 
 

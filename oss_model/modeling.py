@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oss_model import sharding
+from oss_model.cache import Cache, LayerCache, next_positions
 from oss_model.config import SLIDING, ModelConfig
 from oss_model.layers import (
     Embedding,
@@ -43,14 +44,18 @@ class AttentionBlock(nnx.Module):
         self.o_proj = Linear("blnd,hnd->blh", (hidden, heads, dim), (hidden,), cfg, rngs=rngs)
         self.sinks = nnx.Param(jnp.zeros(heads, param_dtype(cfg)))
 
-    def __call__(self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope) -> Float[Array, "b l h"]:
+    def __call__(
+        self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
         mark = functools.partial(tap, self.layer)
         y = mark("attn_norm", self.norm(x))
         q, k, v = mark("q", self.q_proj(y)), mark("k", self.k_proj(y)), mark("v", self.v_proj(y))
         q, k = mark("q_rope", rotate(q, rope)), mark("k_rope", rotate(k, rope))
-        visible = visibility(positions, positions, self.window)
-        core = mark("attn_core", sink_attention(q, k, v, self.sinks[...], visible))
-        return x + mark("attn_out", self.o_proj(core))
+        seen = LayerCache(k, v, positions) if cache is None else cache.followed_by(k, v, positions)
+        visible = visibility(positions, seen.positions, self.window)
+        core = mark("attn_core", sink_attention(q, seen.keys, seen.values, self.sinks[...], visible))
+        after = None if cache is None else cache.store(k, v, positions)
+        return x + mark("attn_out", self.o_proj(core)), after
 
 
 class MLPBlock(nnx.Module):
@@ -79,8 +84,11 @@ class TransformerBlock(nnx.Module):
         self.attn = AttentionBlock(cfg, layer, rngs=rngs)
         self.mlp = MLPBlock(cfg, layer, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope) -> Float[Array, "b l h"]:
-        return tap(self.layer, "layer_out", self.mlp(self.attn(x, positions, rope)))
+    def __call__(
+        self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
+        x, cache = self.attn(x, positions, rope, cache)
+        return tap(self.layer, "layer_out", self.mlp(x)), cache
 
 
 class Transformer(nnx.Module):
@@ -99,19 +107,26 @@ class Transformer(nnx.Module):
         if cfg.use_sharding:
             sharding.annotate(self, cfg)
 
-    def __call__(self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None) -> Float[Array, "b l v"]:
-        """Logits of the next token at every place, in `cfg.dtype`.
+    def __call__(
+        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
+    ) -> Float[Array, "b l v"] | tuple[Float[Array, "b l v"], Cache]:
+        """Logits of the next token at every place, in `cfg.dtype`; with a cache: logits and the cache after.
 
         Args:
           tokens: int32 [batch, length].
-          positions: int32 [batch, length]; 0, 1, 2, … if not given. A negative position marks padding.
+          positions: int32 [batch, length]; if not given 0, 1, 2, …, or on from where the cache ends. A negative
+            position marks padding.
+          cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time.
         """
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+            ahead = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+            positions = ahead if cache is None else next_positions(cache, tokens.shape[1])
         x, rope = self.embed(tokens), self.rope(positions)
-        for block in self.layers:
-            x = block(x, positions, rope)
-        return self.unembed(x)
+        after = []
+        for n, block in enumerate(self.layers):
+            x, layer_cache = block(x, positions, rope, None if cache is None else cache[n])
+            after.append(layer_cache)
+        return self.unembed(x) if cache is None else (self.unembed(x), tuple(after))
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         return tap(None, "embedding", self.embedding(tokens))
