@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from oss_model.taps import LAYER_TAPS
+from parity.metrics import PRECISION_FAIL, PRECISION_WARN
 
 EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
 
@@ -48,6 +49,7 @@ class Report:
     tokens: int
     seed: int
     layers: bool = False  # was the semantics arm asked for?
+    dtype: str = "float32"  # "bfloat16": the precision arm was asked for
     weights: list[Weight] = dataclasses.field(default_factory=list)
     taps: list[TapResult] = dataclasses.field(default_factory=list)
     free_run: dict[str, Any] | None = None
@@ -64,9 +66,17 @@ class Report:
         bad_weights = any(weight.note for weight in self.weights)
         bad_taps = any(tap.verdict == "fail" for tap in self.taps)
         bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
-        if bad_weights or bad_taps or bad_run:
+        if bad_weights or bad_taps or bad_run or self.precision == "fail":
             return "fail"
         return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
+
+    @property
+    def precision(self) -> str | None:
+        """ "ok", "warn" or "fail" by the worst ratio of the precision arm; None without it."""
+        ratios = [tap.port_over_reference for tap in self.taps if tap.port_over_reference is not None]
+        if not ratios:
+            return None
+        return "ok" if max(ratios) <= PRECISION_WARN else "warn" if max(ratios) <= PRECISION_FAIL else "fail"
 
     @property
     def exit_code(self) -> int:
@@ -96,6 +106,8 @@ class Report:
             "checkpoint": self.checkpoint,
             "tokens": self.tokens,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "precision": self.precision,
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
@@ -112,7 +124,7 @@ class Report:
         return "\n".join(_table(self))
 
 
-_COLUMNS = "{:<9} {:<18} {:<12} {:<36} {}"
+_COLUMNS = "{:<9} {:<18} {:<12} {:<15} {:<36} {}"
 
 
 def _table(report: Report) -> Iterable[str]:
@@ -120,14 +132,14 @@ def _table(report: Report) -> Iterable[str]:
     yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
     exact = sum(not weight.note for weight in report.weights)
     verdict = "ok" if exact == len(report.weights) else "FAIL"
-    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "bit-exact, decoded by transformers", verdict)
+    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "", "bit-exact, decoded by transformers", verdict)
     differing = [weight for weight in report.weights if weight.note]
     for weight in differing[:8]:
         yield f"          {weight.name}: {weight.note}"
     if len(differing) > 8:
         yield f"          ... and {len(differing) - 8} more: --json FILE names each"
     if report.taps:
-        yield _COLUMNS.format("layer", "tap", "worst token", "note", "verdict")
+        yield _COLUMNS.format("layer", "tap", "worst token", "port/reference", "note", "verdict")
         yield from _tap_rows(report)
     if report.free_run is not None:
         yield from _free_run_rows(report)
@@ -161,12 +173,16 @@ def _tap_rows(report: Report) -> Iterable[str]:
 def _row(layer: str, taps: list[TapResult]) -> str:
     worst = max(taps, key=lambda tap: tap.worst_token_rel_l2)
     names = list(dict.fromkeys(tap.tap for tap in taps))
-    everything = len(names) == len(LAYER_TAPS)
+    everything = set(names) >= set(LAYER_TAPS)
+    ratios = [tap.port_over_reference for tap in taps if tap.port_over_reference is not None]
+    ratio = f"{max(ratios):.2f}" if ratios else ""
     tap = f"all {len(names)} taps" if everything else names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     notes = dict.fromkeys(tap.note for tap in taps if tap.note)
     verdict = "ok" if worst.verdict == "ok" else worst.verdict.upper() if worst.verdict == "fail" else worst.verdict
     times = f" x{len(taps)}" if len(taps) > 1 else ""
-    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", "; ".join(notes)[:60], verdict + times)
+    note = "; ".join(notes)
+    note = note if len(note) <= 60 else f"{note[:57]}..."
+    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", ratio, note, verdict + times)
 
 
 def _free_run_rows(report: Report) -> Iterable[str]:
