@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from oss_model.taps import LAYER_TAPS
-from parity.metrics import PRECISION_FAIL, PRECISION_WARN
 
 EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
 
@@ -49,7 +48,6 @@ class Report:
     tokens: int
     seed: int
     layers: bool = False  # was the semantics arm asked for?
-    dtype: str = "float32"  # "bfloat16": the precision arm was asked for
     weights: list[Weight] = dataclasses.field(default_factory=list)
     taps: list[TapResult] = dataclasses.field(default_factory=list)
     free_run: dict[str, Any] | None = None
@@ -57,6 +55,7 @@ class Report:
     # of the residual stream after each layer of the free run, relative L2
     token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after"}: the mistake that explains it
     incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
     peak_rss_bytes: int = 0
     seconds: float = 0.0
@@ -66,17 +65,9 @@ class Report:
         bad_weights = any(weight.note for weight in self.weights)
         bad_taps = any(tap.verdict == "fail" for tap in self.taps)
         bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
-        if bad_weights or bad_taps or bad_run or self.precision == "fail":
+        if bad_weights or bad_taps or bad_run:
             return "fail"
         return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
-
-    @property
-    def precision(self) -> str | None:
-        """ "ok", "warn" or "fail" by the worst ratio of the precision arm; None without it."""
-        ratios = [tap.port_over_reference for tap in self.taps if tap.port_over_reference is not None]
-        if not ratios:
-            return None
-        return "ok" if max(ratios) <= PRECISION_WARN else "warn" if max(ratios) <= PRECISION_FAIL else "fail"
 
     @property
     def exit_code(self) -> int:
@@ -101,13 +92,11 @@ class Report:
             "verdict": self.verdict,
             "exit_code": self.exit_code,
             "first_divergence": self.first_divergence,
-            "diagnosis": None,
+            "diagnosis": self.diagnosis,
             "source": self.source,
             "checkpoint": self.checkpoint,
             "tokens": self.tokens,
             "seed": self.seed,
-            "dtype": self.dtype,
-            "precision": self.precision,
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
@@ -124,7 +113,7 @@ class Report:
         return "\n".join(_table(self))
 
 
-_COLUMNS = "{:<9} {:<18} {:<12} {:<15} {:<36} {}"
+_COLUMNS = "{:<9} {:<18} {:<12} {:<36} {}"
 
 
 def _table(report: Report) -> Iterable[str]:
@@ -132,14 +121,14 @@ def _table(report: Report) -> Iterable[str]:
     yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
     exact = sum(not weight.note for weight in report.weights)
     verdict = "ok" if exact == len(report.weights) else "FAIL"
-    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "", "bit-exact, decoded by transformers", verdict)
+    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "bit-exact, decoded by transformers", verdict)
     differing = [weight for weight in report.weights if weight.note]
     for weight in differing[:8]:
         yield f"          {weight.name}: {weight.note}"
     if len(differing) > 8:
         yield f"          ... and {len(differing) - 8} more: --json FILE names each"
     if report.taps:
-        yield _COLUMNS.format("layer", "tap", "worst token", "port/reference", "note", "verdict")
+        yield _COLUMNS.format("layer", "tap", "worst token", "note", "verdict")
         yield from _tap_rows(report)
     if report.free_run is not None:
         yield from _free_run_rows(report)
@@ -173,16 +162,12 @@ def _tap_rows(report: Report) -> Iterable[str]:
 def _row(layer: str, taps: list[TapResult]) -> str:
     worst = max(taps, key=lambda tap: tap.worst_token_rel_l2)
     names = list(dict.fromkeys(tap.tap for tap in taps))
-    everything = set(names) >= set(LAYER_TAPS)
-    ratios = [tap.port_over_reference for tap in taps if tap.port_over_reference is not None]
-    ratio = f"{max(ratios):.2f}" if ratios else ""
+    everything = len(names) == len(LAYER_TAPS)
     tap = f"all {len(names)} taps" if everything else names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     notes = dict.fromkeys(tap.note for tap in taps if tap.note)
     verdict = "ok" if worst.verdict == "ok" else worst.verdict.upper() if worst.verdict == "fail" else worst.verdict
     times = f" x{len(taps)}" if len(taps) > 1 else ""
-    note = "; ".join(notes)
-    note = note if len(note) <= 60 else f"{note[:57]}..."
-    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", ratio, note, verdict + times)
+    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", "; ".join(notes)[:60], verdict + times)
 
 
 def _free_run_rows(report: Report) -> Iterable[str]:
