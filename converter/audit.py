@@ -15,7 +15,7 @@ from converter.plan import Chunk, Plan, Target, make_plan
 from converter.source import companions, open_source
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk
+from converter.verify import check_buffer, check_chunk, from_disk
 from oss_model.errors import InputError
 from oss_model.layouts import BFLOAT16
 from oss_model.shards import Checkpoint
@@ -147,7 +147,7 @@ def _chunks(
 
     differences, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
     with interruptible() as stop:
-        for chunk, digest, line in in_threads(checker, plan.chunks, stop=stop):
+        for chunk, digest, line in in_threads(checker, from_disk(directory, plan.chunks), stop=stop):
             digests[chunk.path] = digest
             differences += [line] if line else []
             show.add(chunk)

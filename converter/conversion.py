@@ -21,7 +21,7 @@ from converter.preflight import Needs, measure
 from converter.source import companions, open_source
 from converter.store import MANIFEST, Store, load_orbax, sync, write_file
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk
+from converter.verify import check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError
@@ -222,7 +222,7 @@ class Run:
         noted = [chunk for chunk in share if chunk.path in journaled]
         show = Counter("resuming", noted, self._progress)
         whole = set()
-        for chunk, is_whole in in_threads(checker, noted, self.needs.workers, self.stop):
+        for chunk, is_whole in in_threads(checker, from_disk(self.store.directory, noted), self.needs.workers, self.stop):
             whole |= {chunk.path} if is_whole else set()
             show.add(chunk)
         stop_here(self.stop)

@@ -1,5 +1,6 @@
 """What is on disk: against the source decoded anew, and against the hashes of conversion.json."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,6 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
         size = os.fstat(fd).st_size
         if size != chunk.nbytes:
             return b"", f"{where}: expected {chunk.nbytes} bytes, found {size}; {AGAIN}"
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what is clean is read from the disk, not from memory
         crc, digest, offset = 0, xxhash.xxh3_128(), 0
         for piece, nbytes in _expected(chunk, pieces):
             stored = buffer[:nbytes]
@@ -51,6 +51,19 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
         return digest.digest(), None
     finally:
         os.close(fd)
+
+
+def from_disk(directory: Path, chunks: list[Chunk], ahead: int = 2) -> Iterator[Chunk]:
+    """Yield `chunks`, for `check_chunk`, so that they are read from the disk and not from memory, and ahead of time."""
+    for number in range(len(chunks) + ahead):
+        if number < len(chunks):
+            with contextlib.suppress(OSError):  # a missing file is for `check_chunk` to report
+                fd = os.open(directory / chunks[number].path, os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # forgets what is in memory and on the disk
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)  # starts reading
+                os.close(fd)
+        if number >= ahead:
+            yield chunks[number - ahead]
 
 
 def check_buffer() -> np.ndarray:
