@@ -6,7 +6,7 @@ restored by plain Orbax when it is its turn, and freed after.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,105 +16,136 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from oss_model import ModelConfig, Transformer, TransformerBlock, moe
-from oss_model.params import abstract_model, parameter_name, stored_parameters
+from oss_model import ModelConfig, Transformer, TransformerBlock, init_cache, moe
+from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
 from oss_model.taps import LAYER_TAPS, tapping
+from parity.sides import Arrays, Sizes
 
-Arrays = dict[str, np.ndarray]
+Parameters = dict[str, jax.Array]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Candidate:
-    """A converted checkpoint, computed in float32.
+    """A converted checkpoint.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
       stored: name -> (shape, dtype) of every parameter in the checkpoint.
 
     Raises:
-      InputError: if the directory is no Orbax checkpoint, or has no usable config.json.
+      InputError: if the directory is no Orbax checkpoint, has no usable config.json, or contradicts it.
     """
 
     def __init__(self, checkpoint: str | Path):
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
-        self.packed = any(name.endswith(".blocks") for name in self.stored)
-        cfg = ModelConfig.from_json(self.path / "config.json")
-        self.cfg = dataclasses.replace(cfg, dtype=jnp.float32, param_dtype="mxfp4" if self.packed else "bfloat16")
+        self.cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
 
-    def restore(self, names: list[str]) -> Arrays:
-        """Read parameters as stored, with plain Orbax."""
+    @property
+    def sizes(self) -> Sizes:
+        c = self.cfg
+        return Sizes(c.num_hidden_layers, c.num_experts, c.vocab_size, c.sliding_window, c.max_position_embeddings)
+
+    def restore(self, names: Iterable[str]) -> Arrays:
+        """These parameters as stored, read by plain Orbax."""
+        return {name: np.asarray(value) for name, value in self._restore(names).items()}
+
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """int [batch, length] -> [batch, length, hidden] in `dtype`."""
+        embedding = self._filled(self._model(dtype).embedding, self._restore(["embedding.weight"]), "embedding.")
+        return np.asarray(embedding(jnp.asarray(tokens, jnp.int32)))
+
+    def layer(self, n: int) -> "CandidateLayer":
+        return CandidateLayer(self, n, self._restore([name for name in self.stored if name.startswith(f"layers.{n}.")]))
+
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        """`final_norm` and `logits` in the dtype of x, each from its own input where `forced` has one."""
+        model, arrays = self._model(x.dtype), self._restore(["norm.scale", "lm_head.weight"])
+        model.norm = self._filled(model.norm, arrays, "norm.")
+        model.lm_head = self._filled(model.lm_head, arrays, "lm_head.")
+        seen: dict[str, jax.Array] = {}
+        with tapping(_watch(seen, forced or {})):
+            model.unembed(jnp.asarray(x))
+        return {name: np.asarray(value) for name, value in seen.items()}
+
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cos, sin = self._model(np.dtype(np.float32)).rope(jnp.asarray(positions, jnp.int32)[None])
+        return np.asarray(cos[0]), np.asarray(sin[0])
+
+    def _restore(self, names: Iterable[str]) -> Parameters:
+        """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
+        names = list(names)
         tree: dict = {}
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for name in names:
             *branches, leaf = name.split(".")
             node = functools.reduce(lambda node, part: node.setdefault(part, {}), branches, tree)
             shape, dtype = self.stored[name]
-            node[leaf] = {"value": jax.ShapeDtypeStruct(shape, dtype)}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        request = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
+            node[leaf] = {"value": jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
+        arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+        request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(self.path, args=request)
-        found: Arrays = {}
-        for name in names:
-            node: Any = tree
-            for part in (*name.split("."), "value"):
-                node = node[part]
-            found[name] = node
-        return found
+        return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
-    def layer_names(self, n: int) -> list[str]:
-        return [name for name in self.stored if name.startswith(f"layers.{n}.")]
+    @functools.cache  # noqa: B019 - a candidate lives as long as its comparison
+    def _structure(self, dtype: np.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+        return abstract_model(dataclasses.replace(self.cfg, dtype=dtype))
 
-    @functools.cached_property
-    def structure(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return abstract_model(self.cfg)
+    def _model(self, dtype: Any) -> Transformer:
+        return nnx.merge(*self._structure(np.dtype(dtype)))
 
-    def _filled(self, module: Module, arrays: Mapping[str, np.ndarray], prefix: str) -> Module:
+    def _filled(self, module: Module, arrays: Parameters, prefix: str) -> Module:
         """An abstract module of the real model, with these arrays for parameters."""
         graphdef, state = nnx.split(module)
         for path, variable in nnx.to_flat_state(state):
-            variable.set_value(jnp.asarray(arrays[prefix + parameter_name(path)]))
+            variable.set_value(arrays[prefix + parameter_name(path)])
         return nnx.merge(graphdef, state)
 
-    def block(self, n: int, arrays: Arrays) -> TransformerBlock:
-        """Layer n of the real model. Every layer of a type is built from the same one, so that jit compiles it once."""
-        like = self.cfg.layer_types.index(self.cfg.layer_types[n])
-        return self._filled(nnx.merge(*self.structure).layers[like], arrays, f"layers.{n}.")
 
-    def embed(self, tokens: np.ndarray, arrays: Arrays) -> jax.Array:
-        return self._filled(nnx.merge(*self.structure).embedding, arrays, "embedding.")(jnp.asarray(tokens, jnp.int32))
+class CandidateLayer:
+    """One `TransformerBlock` with its parameters, in memory once, as stored."""
 
-    def unembed(self, x: jax.Array, arrays: Arrays, forced: Arrays) -> Arrays:
-        """`final_norm` and `logits`, each from its own input where `forced` has one."""
-        model: Transformer = nnx.merge(*self.structure)
-        model.norm = self._filled(model.norm, arrays, "norm.")
-        model.lm_head = self._filled(model.lm_head, arrays, "lm_head.")
-        seen: dict[str, jax.Array] = {}
-        with tapping(_watch(seen, forced)):
-            model.unembed(x)
-        return {name: np.asarray(value) for name, value in seen.items()}
+    def __init__(self, candidate: Candidate, n: int, arrays: Parameters):
+        self.candidate, self.n, self.arrays = candidate, n, arrays
 
-    def run(self, block: TransformerBlock, x: jax.Array, forced: Arrays) -> Arrays:
-        """Every tap of one layer.
+    @property
+    def stored(self) -> Arrays:
+        return {name: np.asarray(value) for name, value in self.arrays.items()}
+
+    def block(self, dtype: Any) -> TransformerBlock:
+        """The real model's block. Every layer of a type is built from the same one, so that jit compiles it once."""
+        types = self.candidate.cfg.layer_types
+        like = self.candidate._model(dtype).layers[types.index(types[self.n])]
+        return self.candidate._filled(like, self.arrays, f"layers.{self.n}.")
+
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        """Every tap of the layer, in the dtype of x.
 
         Args:
-          block: the layer.
           x: [batch, length, hidden], its input.
           forced: tap -> value to go on with in place of the block's own.
         """
-        length = x.shape[1]
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], x.shape[:2])
-        rope = nnx.merge(*self.structure).rope
-        given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced}
-        return {name: np.asarray(value) for name, value in _run(block, rope, x, positions, given).items()}
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+        given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced} if forced else {}
+        seen = _run(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), positions, given)
+        return {name: np.asarray(value) for name, value in seen.items()}
 
-    def experts(self, block: TransformerBlock, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The experts alone, on a routing of one's own: x [tokens, hidden], choice and weights [tokens, k]."""
-        return np.asarray(_experts(block.mlp, jnp.asarray(x), jnp.asarray(choice, jnp.int32), jnp.asarray(weights)))
+        mlp = self.block(x.dtype).mlp
+        return np.asarray(_experts(mlp, jnp.asarray(x), jnp.asarray(choice, jnp.int32), jnp.asarray(weights)))
 
-    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cos, sin = nnx.merge(*self.structure).rope(jnp.asarray(positions, jnp.int32)[None])
-        return np.asarray(cos[0]), np.asarray(sin[0])
+    def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """`layer_out` of every token, one at a time on the key-value cache, the routing given.
+
+        Args:
+          x: [batch, length, hidden].
+          choice: int [batch * length, k].
+        """
+        cache = init_cache(self.candidate.cfg, x.shape[0], x.shape[1], x.dtype)[self.n]
+        given = jnp.asarray(choice, jnp.int32).reshape(*x.shape[:2], -1)
+        return np.asarray(_decode(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), given, cache))
 
 
 def _watch(seen: dict[str, jax.Array], forced: Mapping[str, jax.Array] | Arrays):
@@ -140,3 +171,16 @@ def _run(block: TransformerBlock, rope, x, positions, forced):
 @nnx.jit
 def _experts(mlp, x, choice, weights):
     return moe.experts(x, choice, weights, mlp.gate_up, mlp.down, mlp.cfg)
+
+
+@nnx.jit
+def _decode(block: TransformerBlock, rope, x, choice, cache):
+    def step(cache, token):
+        position, one, experts = token
+        positions = jnp.broadcast_to(position, (one.shape[0], 1))
+        with tapping(_watch({}, {"expert_choice": experts})):
+            out, cache = block(one[:, None], positions, rope(positions), cache)
+        return cache, out[:, 0]
+
+    along = (jnp.arange(x.shape[1], dtype=jnp.int32), x.swapaxes(0, 1), choice.swapaxes(0, 1))
+    return jax.lax.scan(step, cache, along)[1].swapaxes(0, 1)

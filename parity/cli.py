@@ -13,9 +13,23 @@ import click
 @click.argument("checkpoint", metavar="[DST]", required=False, type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Also compare every component of every layer, each fed the reference's input.")
 @click.option("--tokens", type=click.IntRange(min=1), metavar="N", help="Length of the random prompt. [default: 2.5 windows]")
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path),
+    metavar="F",
+    help="Prompts: a JSON list of token ids, or of such lists; or text, where SRC has a tokenizer.json.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 adds the precision arm: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
+)
+@click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="F", help="Write a report to F.")
-def main(source: Path | None, checkpoint: Path | None, layers: bool, tokens: int | None, seed: int, json_file: Path | None):
+def main(source: Path | None, checkpoint: Path | None, json_file: Path | None, prompt_file: Path | None, **options):
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
     SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
@@ -40,7 +54,7 @@ def main(source: Path | None, checkpoint: Path | None, layers: bool, tokens: int
         with tempfile.TemporaryDirectory() as scratch:
             source, checkpoint = _pair(source, checkpoint, Path(scratch))
             Checkpoint(source).shards.close()  # only to name what is wrong with it; the reference reads it by itself
-            code = _compare(source, checkpoint, layers, tokens, seed, json_file)
+            code = _compare(source, checkpoint, json_file, prompt_file, options)
     except InputError as e:
         for fault in e.faults:
             click.echo(f"error: {fault}", err=True)
@@ -73,7 +87,7 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     return source, scratch / "checkpoint"
 
 
-def _compare(source: Path, checkpoint: Path, layers: bool, tokens: int | None, seed: int, json_file: Path | None) -> int:
+def _compare(source: Path, checkpoint: Path, json_file: Path | None, prompt_file: Path | None, options: dict) -> int:
     from oss_model.errors import InputError
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
@@ -87,8 +101,13 @@ def _compare(source: Path, checkpoint: Path, layers: bool, tokens: int | None, s
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from oss_model.config import ModelConfig
     from parity.comparison import compare
+    from parity.prompts import read_prompt
 
+    if prompt_file is not None:
+        vocab = ModelConfig.from_json(source / "config.json").vocab_size
+        options["prompt"] = read_prompt(prompt_file, vocab, source / "tokenizer.json")
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -97,7 +116,7 @@ def _compare(source: Path, checkpoint: Path, layers: bool, tokens: int | None, s
         def progress(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=what)
 
-        report = compare(source, checkpoint, layers=layers, tokens=tokens, seed=seed, progress=progress)
+        report = compare(source, checkpoint, progress=progress, **options)
     click.echo(report.table())
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n", encoding="utf-8")

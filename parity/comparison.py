@@ -1,7 +1,9 @@
 """The arms of a comparison, run layer by layer, and their verdicts.
 
-Weights: every stored byte. Semantics: each component fed the reference's input and routing. Free run: the whole
-model, its own states carried from layer to layer. PARITY_SPEC's numbers and gates are in `parity.metrics`.
+Weights: every stored byte. Semantics: each component fed the reference's input and routing, in float32. Precision:
+the same in bfloat16, the port's error over the reference's own. Free run: the whole model, its own states carried
+from layer to layer. Decode: a token at a time on the key-value cache. Bounds and their reasons are in
+`parity.metrics`; what the two sides are in `parity.sides`.
 """
 
 import dataclasses
@@ -12,260 +14,312 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
+import ml_dtypes
 import numpy as np
-import torch
 
 from oss_model.taps import LAYER_TAPS
 from parity import metrics
-from parity.candidate import Arrays, Candidate
-from parity.reference import Reference, ReferenceLayer
+from parity.prompts import Prompt, random_prompt
 from parity.report import Report, TapResult, Weight
-
-_PIECE = 1 << 24  # values compared at a time: parameters are up to 4 GB
+from parity.sides import Arrays, Expected, Layer, Oracle, OracleLayer, Port
 
 Progress = Callable[[int, int, str], None]
+FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
 def compare(
-    source: str | Path,
-    checkpoint: str | Path,
+    source: "str | Path | Oracle",
+    checkpoint: "str | Path | Port",
     *,
     layers: bool = True,
     tokens: int | None = None,
     seed: int = 0,
+    prompt: Prompt | None = None,
+    dtype: str = "float32",
+    decode: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:
-    """Compare an Orbax checkpoint with the safetensors it was made from, in float32.
+    """Compare a model with the safetensors it was made from.
 
     Args:
-      source: the safetensors directory; read and computed by transformers alone.
-      checkpoint: the Orbax checkpoint; computed by our `Transformer`.
+      source: the safetensors directory, read and computed by transformers alone; or a recording of that.
+      checkpoint: the Orbax checkpoint, computed by our `Transformer`; or a model of one's own (`parity.sides.Port`).
       layers: run the semantics arm, every tap of every layer. Without it: weights and free run only.
       tokens: length of the random prompt; 2.5 times the sliding window if None.
-      seed: of the prompt.
+      seed: of the random prompt.
+      prompt: to use in place of a random one.
+      dtype: "bfloat16" adds the precision arm and a free run in bfloat16; what is judged otherwise is always float32.
+      decode: also decode the prompt a token at a time on the key-value cache.
       progress: called with (layers done, layers in all, what is being done).
 
     Raises:
       InputError: if either cannot be read.
     """
     start = time.monotonic()
-    candidate = Candidate(checkpoint)
-    reference = Reference(source)
-    window = int(reference.config.sliding_window or 0)
-    length = math.ceil(2.5 * window) if tokens is None else tokens
-    report = Report(str(source), str(checkpoint), _title(reference), length, seed, layers)
-    if length < 2 * window:
+    if isinstance(checkpoint, str | Path):
+        from parity.candidate import Candidate
+
+        port: Port = Candidate(checkpoint)
+    else:
+        port = checkpoint
+    if isinstance(source, str | Path):
+        from parity.reference import Reference
+
+        oracle: Oracle = Reference(source)
+    else:
+        oracle = source
+    window = oracle.sizes.window
+    if prompt is None:
+        prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
+    longest = int(prompt.valid.sum(axis=1).max())
+    names = str(getattr(source, "source", source)), str(getattr(checkpoint, "path", checkpoint))
+    report = Report(*names, _title(oracle), longest, seed, layers, dtype)
+    if longest < 2 * window:
         report.incomplete.append(
-            f"{length} tokens, but faults of the sliding window ({window}) only show from {2 * window} on:"
+            f"{longest} tokens, but faults of the sliding window ({window}) only show from {2 * window} on:"
             f" use --tokens {2 * window}"
         )
-    prompt = np.random.default_rng(seed).integers(0, reference.config.vocab_size, (1, length))
-    _Run(candidate, reference, report, progress).whole(prompt)
+    _Run(port, oracle, report, prompt, dtype == "bfloat16", decode, progress).whole()
     report.seconds = time.monotonic() - start
     report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return report
 
 
 @dataclasses.dataclass
+class _Streams:
+    """The residual streams carried from layer to layer, [batch, length, hidden].
+
+    truth: the reference in float32, the oracle. replayed, own: the port in float32, with the reference's routing and
+    with its own. port16, reference16: both in bfloat16, with the oracle's routing; None without the precision arm.
+    """
+
+    truth: np.ndarray
+    replayed: np.ndarray
+    own: np.ndarray
+    port16: np.ndarray | None = None
+    reference16: np.ndarray | None = None
+
+
+@dataclasses.dataclass
 class _Run:
-    """One comparison under way. `same_shape` turns false at the first parameter that does not fit the reference."""
+    """One comparison under way."""
 
-    candidate: Candidate
-    reference: Reference
+    port: Port
+    oracle: Oracle
     report: Report
+    prompt: Prompt
+    precision: bool
+    decode: bool
     progress: Progress
-    same_shape: bool = True
 
-    def whole(self, prompt: np.ndarray) -> None:
-        count = self.reference.config.num_hidden_layers
-        config = self.candidate.cfg
-        self.same_shape = config.num_hidden_layers == count and config.vocab_size == self.reference.config.vocab_size
-        outside = [name for name in self.candidate.stored if not name.startswith("layers.")]
+    def whole(self) -> None:
+        count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
-        arrays = self.candidate.restore(outside)
-        self.weights(dict(self.reference.model_parameters()).items(), arrays, None)
-        if self.same_shape:
-            self.rope()
-            truth = self.reference.embed(torch.from_numpy(prompt))
-            replayed = own = self.candidate.embed(prompt, arrays)
-            self.tap(None, "embedding", np.asarray(own), truth.numpy())
+        fits = sizes == (count, self.oracle.sizes.vocab)
+        fits &= self.weights(self.oracle.first_parameters(), self.port.restore)
+        streams = self.first() if fits else None
         for n in range(count):
             self.progress(n, count, f"layer {n}")
-            expected = self.reference.layer(n)
-            stored = self.candidate.restore(self.candidate.layer_names(n))
-            self.weights(expected.parameters(self.candidate.packed), stored, n)
-            if self.same_shape:
-                truth, replayed, own = self.layer(n, expected, stored, truth, replayed, own)
-        for name in sorted(set(self.candidate.stored) - {weight.name for weight in self.report.weights}):
+            expected = self.oracle.layer(n)
+            layer = self.port.layer(n) if n < self.port.sizes.layers else None
+            stored = getattr(layer, "stored", None)
+            read = self.port.restore if stored is None else lambda names, stored=stored: {name: stored[name] for name in names}
+            if not self.weights(expected.parameters(self.packed), read):
+                streams = None
+            if streams is not None and layer is not None:
+                streams = self.layer(n, expected, layer, streams)
+        self.progress(count, count, "logits")
+        if not self.weights(self.oracle.last_parameters(), self.port.restore):
+            streams = None
+        for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
             self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
-        if self.same_shape:
-            self.progress(count, count, "logits")
-            self.logits(arrays, truth, replayed, own)
+        if streams is not None:
+            self.last(streams)
         else:
-            self.report.incomplete.append("the parameters do not fit the reference, so nothing could be computed with them")
+            self.report.incomplete.append("the parameters do not fit the reference, so nothing was computed from there on")
+        if not self.port.stored:
+            self.report.incomplete.append("the port shows no parameters, so none were compared")
+
+    @property
+    def packed(self) -> bool:
+        return any(name.endswith(".blocks") for name in self.port.stored)
 
     # --- weights ------------------------------------------------------------------------------------------------
 
-    def weights(self, expected: Iterable[tuple[str, torch.Tensor]], found: Arrays, layer: int | None) -> None:
-        for name, want in expected:
-            if name not in found:
+    def weights(self, expected: Iterable[Expected], read: Callable[[list[str]], Arrays]) -> bool:
+        """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
+        fits = True
+        for name, shape, differs in expected if self.port.stored else ():
+            found = self.port.stored.get(name)
+            if found is None:
                 note = "missing in the checkpoint"
-            elif tuple(want.shape) != found[name].shape:
-                note = f"shape {list(found[name].shape)}, should be {list(want.shape)}"
+            elif found[0] != shape:
+                note = f"shape {list(found[0])}, should be {list(shape)}"
             else:
-                self.report.weights.append(Weight(name, _difference(want, found[name])))
+                self.report.weights.append(Weight(name, differs(read([name])[name])))
                 continue
-            self.same_shape = False
+            fits = False
             self.report.weights.append(Weight(name, note))
+        return fits
 
-    # --- semantics ----------------------------------------------------------------------------------------------
+    # --- from the first to the last -----------------------------------------------------------------------------
 
-    def layer(self, n: int, expected: ReferenceLayer, stored: Arrays, truth: torch.Tensor, replayed: jax.Array, own: jax.Array):
-        """All activations of one layer; returns the three residual streams after it."""
-        taps = {name: value.numpy() for name, value in expected.run(truth).items()}
-        block = self.candidate.block(n, stored)
+    def first(self) -> _Streams:
+        self.rope()
+        tokens = self.prompt.tokens
+        truth, ours = self.oracle.embed(tokens, FLOAT32), self.port.embed(tokens, FLOAT32)
+        self.judge(None, "embedding", ours, truth)
+        if not self.precision:
+            return _Streams(truth, ours, ours)
+        return _Streams(truth, ours, ours, self.port.embed(tokens, BFLOAT16), self.oracle.embed(tokens, BFLOAT16))
+
+    def layer(self, n: int, expected: OracleLayer, layer: Layer, streams: _Streams) -> _Streams:
+        """All activations of one layer; returns the streams after it."""
+        taps = expected.run(streams.truth)
+        routing = {"expert_choice": taps["expert_choice"]}
         if self.report.layers:
-            got = self.candidate.run(block, jax.numpy.asarray(truth.numpy()), taps)
-            for name in LAYER_TAPS:
-                have, want = got.get(name), taps.get(name)
-                if have is None or want is None or have.size != want.size:
-                    self.tap(n, name, have, want)
-                elif name == "expert_choice":
-                    self.choice(n, taps, got)
-                elif name == "mlp_out":
-                    self.experts(n, expected, block, taps, got)
-                else:
-                    self.tap(n, name, have, want)
-        free = self.candidate.run(block, own, {})
-        if replayed is own and np.array_equal(free["expert_choice"], taps["expert_choice"]):
+            self.semantics(n, expected, layer, taps, layer.run(streams.truth, taps))
+            if self.precision:
+                self.compare_errors(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
+        free = layer.run(streams.own)
+        if streams.replayed is streams.own and np.array_equal(free["expert_choice"], taps["expert_choice"]):
             replay = free  # no expert has flipped so far: with the reference's routing it is the same run
         else:
-            replay = self.candidate.run(block, replayed, {"expert_choice": taps["expert_choice"]})
-        if free["expert_choice"].shape == taps["expert_choice"].shape:
-            routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
-            self.report.flips += [{"layer": n} | flip for flip in metrics.flips(*routing)]
-        error = {
-            name: float(metrics.token_rel_l2(run["layer_out"], taps["layer_out"]).max())
-            for name, run in (("replayed", replay), ("own", free))
-        }
-        self.report.growth.append({"layer": n} | {name: min(worst, metrics.WORST) for name, worst in error.items()})
-        after = jax.numpy.asarray(free["layer_out"])
-        return (
-            torch.from_numpy(taps["layer_out"]),
-            after if replay is free else jax.numpy.asarray(replay["layer_out"]),
-            after,
-        )
+            replay = layer.run(streams.replayed, routing)
+        self.flips(n, taps, free)
+        worst = {name: self.errors(run["layer_out"], taps["layer_out"]).max() for name, run in
+                 (("replayed", replay), ("own", free))}  # fmt: skip
+        self.report.growth.append({"layer": n} | {name: float(min(error, metrics.WORST)) for name, error in worst.items()})
+        if self.decode:
+            decoded = layer.decode(streams.replayed, taps["expert_choice"])  # type: ignore[attr-defined]
+            self.judge(n, "decode", decoded, replay["layer_out"], "one token at a time against the whole prompt")
+        after = _Streams(taps["layer_out"], replay["layer_out"], free["layer_out"])
+        if replay is free:
+            after.own = after.replayed
+        if streams.port16 is not None and streams.reference16 is not None:
+            after.port16 = layer.run(streams.port16, routing)["layer_out"]
+            after.reference16 = expected.run(streams.reference16, routing)["layer_out"]
+        return after
 
-    def tap(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
-        """Judge one component. [tokens, ...] and [batch, length, ...] are both taken."""
+    def last(self, streams: _Streams) -> None:
+        taps = self.oracle.unembed(streams.truth)
+        if self.report.layers:
+            got = self.port.unembed(streams.truth, taps)
+            for name in ("final_norm", "logits"):
+                self.judge(None, name, got.get(name), taps[name])
+            if self.precision:
+                truth16 = streams.truth.astype(BFLOAT16)
+                self.compare_errors(None, taps, *(side.unembed(truth16, taps) for side in (self.port, self.oracle)))
+        truth = self.valid(taps["logits"])
+        logits = self.valid(self.port.unembed(streams.replayed)["logits"])
+        run: dict[str, Any] = metrics.free_run(truth, logits)
+        self.report.token_kl = metrics.finite(metrics.kl(truth, logits)).reshape(-1).tolist()
+        run["gate"] = metrics.FREE_RUN_GATE * run["max_logit"]
+        run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
+        if streams.own is not streams.replayed:
+            logits = self.valid(self.port.unembed(streams.own)["logits"])
+        run["own_routing"] = metrics.free_run(truth, logits)
+        if streams.port16 is not None and streams.reference16 is not None:
+            run["bfloat16"] = metrics.free_run(truth, self.valid(self.port.unembed(streams.port16)["logits"]))
+            run["reference_bfloat16"] = metrics.free_run(truth, self.valid(self.oracle.unembed(streams.reference16)["logits"]))
+        self.report.free_run = run
+
+    # --- judging ------------------------------------------------------------------------------------------------
+
+    def errors(self, got: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """Relative L2 of each token of the prompt, [batch, length]; padding counts as right."""
+        batch, length = self.prompt.tokens.shape
+        copies = len(want.reshape(-1, length, *want.shape[2:])) // batch if want.ndim > 2 else 1
+        shape = (batch * copies, length, -1)
+        relative = metrics.token_rel_l2(got.reshape(shape), want.reshape(shape))
+        return np.where(np.tile(self.prompt.valid, (copies, 1)), relative, 0.0)
+
+    def valid(self, logits: np.ndarray) -> np.ndarray:
+        """Without padding, as one row: [1, tokens, vocab]."""
+        return logits[self.prompt.valid][None]
+
+    def judge(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
         if got is None or want is None:
             side = "candidate" if got is None else "reference"
             self.report.taps.append(TapResult(layer, name, 1.0, 0.0, "incomplete", f"the {side} has no such tap"))
-            return
-        if got.size != want.size:
+        elif got.size != want.size:
             note = f"shape {list(got.shape)}, should be {list(want.shape)}"
             self.report.taps.append(TapResult(layer, name, 1.0, 0.0, "fail", note))
-            return
-        got = got.reshape(want.shape)
-        if want.ndim == 2:
-            got, want = got[None], want[None]
-        errors = metrics.token_rel_l2(got, want)
-        worst = min(float(errors.max()), metrics.WORST)
-        bad = errors > metrics.SEMANTICS_GATE
-        verdict = "fail" if bad.any() else "ok"
-        where = _which_tokens(np.any(bad, axis=0)) if bad.any() else ""
-        largest = float(metrics.finite(np.abs(got - want)).max())
-        note = "; ".join(part for part in (note, where) if part)
-        self.report.taps.append(TapResult(layer, name, worst, largest, verdict, note))
+        else:
+            errors = self.errors(got, want)
+            bad = errors > metrics.SEMANTICS_GATE
+            where = _which_tokens(np.any(bad, axis=0)) if bad.any() else ""
+            largest = float(metrics.finite(np.abs(got.reshape(want.shape).astype(np.float32) - want)).max())
+            worst, verdict = min(float(errors.max()), metrics.WORST), "fail" if bad.any() else "ok"
+            note = "; ".join(part for part in (note, where) if part)
+            self.report.taps.append(TapResult(layer, name, worst, largest, verdict, note))
 
-    def choice(self, layer: int, taps: Arrays, got: Arrays) -> None:
+    def semantics(self, n: int, expected: OracleLayer, layer: Layer, taps: Arrays, got: Arrays) -> None:
+        for name in LAYER_TAPS:
+            have, want = got.get(name), taps.get(name)
+            if have is None or want is None or have.size != want.size:
+                self.judge(n, name, have, want)
+            elif name == "expert_choice":
+                self.choice(n, taps, have)
+            elif name == "mlp_out":
+                self.experts(n, expected, layer, taps, have)
+            else:
+                self.judge(n, name, have, want)
+
+    def choice(self, layer: int, taps: Arrays, got: np.ndarray) -> None:
         """On the reference's own logits the experts must be the same ones; only exact ties may be broken otherwise."""
         logits = taps["router_logits"]
-        flips = metrics.flips(logits, taps["expert_choice"], logits, got["expert_choice"])
-        bad = [flip for flip in flips if not flip["explained"]]
+        flips = metrics.flips(logits, taps["expert_choice"], logits, got.reshape(taps["expert_choice"].shape))
+        bad = [flip for flip in flips if not flip["explained"] and self.prompt.valid.reshape(-1)[flip["token"]]]
         verdict, worst = ("fail", 1.0) if bad else ("ok", 0.0)
         note = f"{len(bad)} tokens chose other experts" if bad else ""
         self.report.taps.append(TapResult(layer, "expert_choice", worst, float(len(bad)), verdict, note))
 
-    def experts(self, layer: int, expected: ReferenceLayer, block, taps: Arrays, got: Arrays) -> None:
+    def experts(self, n: int, expected: OracleLayer, layer: Layer, taps: Arrays, have: np.ndarray) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""
-        want, have = taps["mlp_out"], got["mlp_out"]
-        count = self.reference.config.num_local_experts
-        missed = np.setdiff1d(np.arange(count), taps["expert_choice"])
-        note = ""
+        want, note = taps["mlp_out"], ""
+        missed = np.setdiff1d(np.arange(self.oracle.sizes.experts), taps["expert_choice"])
         if missed.size:
             x = taps["mlp_norm"].reshape(-1, want.shape[-1])
             k = taps["expert_choice"].shape[-1]
             choice = missed[np.arange(x.shape[0] * k).reshape(-1, k) % missed.size]
             weights = np.full(choice.shape, 1 / k, np.float32)
-            direct = expected.experts(*(torch.from_numpy(a) for a in (x, choice, weights))).numpy()
-            want = np.concatenate([want, direct.reshape(want.shape)])
-            have = np.concatenate([have, self.candidate.experts(block, x, choice, weights).reshape(want[:1].shape)])
+            both = [side.experts(x, choice, weights).reshape(want.shape) for side in (expected, layer)]
+            want, have = np.concatenate([want, both[0]]), np.concatenate([have.reshape(want.shape), both[1]])
             note = f"{missed.size} unreached experts fed directly"
-        self.tap(layer, "mlp_out", have, want, note)
+        self.judge(n, "mlp_out", have, want, note)
+
+    def compare_errors(self, layer: int | None, truth: Arrays, got: Arrays, reference: Arrays) -> None:
+        """The precision arm: each component in bfloat16 on the oracle's input, its error over the reference's own."""
+        for tap in self.report.taps:
+            if tap.layer == layer and tap.tap in truth and tap.tap in got and tap.tap != "expert_choice":
+                ours, theirs = (self.spread(side[tap.tap], truth[tap.tap]) for side in (got, reference))
+                tap.port_over_reference = metrics.error_ratio(ours, theirs)
+
+    def spread(self, got: np.ndarray, want: np.ndarray) -> float:
+        """Relative L2 of all tokens together."""
+        rows = self.prompt.valid.reshape(-1)
+        got, want = (a.reshape(len(rows), -1)[rows].astype(np.float64) for a in (got, want))
+        return float(metrics.finite(np.asarray(np.linalg.norm(got - want) / np.linalg.norm(want))))
+
+    def flips(self, n: int, taps: Arrays, free: Arrays) -> None:
+        if free["expert_choice"].shape != taps["expert_choice"].shape:
+            return
+        routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
+        found = metrics.flips(*routing)
+        self.report.flips += [{"layer": n} | flip for flip in found if self.prompt.valid.reshape(-1)[flip["token"]]]
 
     def rope(self) -> None:
         """cos and sin at every position the model may see, not only the prompt's."""
-        positions = np.arange(self.reference.config.max_position_embeddings)
-        want = [t[0].numpy() for t in self.reference.rotary(torch.zeros(1), torch.from_numpy(positions)[None])]
-        got = self.candidate.rope_tables(positions)
-        angle = positions[:, None] * self.reference.rotary.inv_freq.numpy()[None]
+        positions = np.arange(self.oracle.sizes.max_positions)
+        inv_freq, *want = self.oracle.rope_tables(positions)
+        got = self.port.rope_tables(positions)
+        angle = positions[:, None] * inv_freq[None]
         error = np.max([np.abs(g - w) for g, w in zip(got, want, strict=True)], axis=0)
-        worst = float((error / (1 + angle)).max())
+        worst = float(metrics.finite(error / (1 + angle)).max())
         verdict = "ok" if worst <= metrics.ROPE_GATE else "fail"
         note = f"cos and sin up to position {positions[-1]}"
-        self.report.taps.append(TapResult(None, "rope", worst, float(error.max()), verdict, note))
-
-    # --- free run -----------------------------------------------------------------------------------------------
-
-    def logits(self, arrays: Arrays, truth: torch.Tensor, replayed: jax.Array, own: jax.Array) -> None:
-        taps = {name: value.numpy() for name, value in self.reference.unembed(truth).items()}
-        if self.report.layers:
-            got = self.candidate.unembed(jax.numpy.asarray(truth.numpy()), arrays, taps)
-            for name in ("final_norm", "logits"):
-                self.tap(None, name, got[name], taps[name])
-        logits = self.candidate.unembed(replayed, arrays, {})["logits"]
-        run: dict[str, Any] = metrics.free_run(taps["logits"], logits)
-        self.report.token_kl = metrics.finite(metrics.kl(taps["logits"], logits)).reshape(-1).tolist()
-        run["gate"] = metrics.FREE_RUN_GATE * run["max_logit"]
-        run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
-        run["own_routing"] = metrics.free_run(taps["logits"], self.candidate.unembed(own, arrays, {})["logits"])
-        self.report.free_run = run
-
-
-def _difference(want: torch.Tensor, got: np.ndarray) -> str:
-    """How a stored parameter differs from the reference's, bit by bit; empty if it does not.
-
-    bfloat16 against float32 is compared as float32, which holds every bfloat16 exactly.
-    """
-    have = _torch(got)
-    differing, first, largest = 0, None, 0.0
-    step = max(1, _PIECE * len(want) // want.numel())
-    for start in range(0, len(want), step):
-        a, b = want[start : start + step], have[start : start + step]
-        if a.dtype != b.dtype:
-            a, b = a.float(), b.float()
-        unequal = _bits(a) != _bits(b)
-        if unequal.any():
-            differing += int(unequal.sum())
-            row, *rest = unequal.nonzero()[0].tolist()
-            first = first or [start + row, *rest]
-            largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=math.inf).max()))
-    if not differing:
-        return ""
-    return f"{differing} of {want.numel()} values differ, first at {first}, by at most {largest:.3g}"
-
-
-def _torch(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    t = t.contiguous()
-    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+        self.report.taps.append(TapResult(None, "rope", worst, float(metrics.finite(error).max()), verdict, note))
 
 
 def _which_tokens(bad) -> str:
@@ -278,8 +332,7 @@ def _which_tokens(bad) -> str:
     return f"{len(wrong)} of {len(bad)} tokens, first {wrong[0]}"
 
 
-def _title(reference: Reference) -> str:
-    c = reference.config
-    names = {(24, 32, 2880): "gpt-oss-20b", (36, 128, 2880): "gpt-oss-120b"}
-    sizes = (c.num_hidden_layers, c.num_local_experts, c.hidden_size)
-    return names.get(sizes, f"gpt-oss, {c.num_hidden_layers} layers, {c.num_local_experts} experts, hidden {c.hidden_size}")
+def _title(oracle: Oracle) -> str:
+    layers, experts, vocab = oracle.sizes[:3]
+    names = {(24, 32, 201088): "gpt-oss-20b", (36, 128, 201088): "gpt-oss-120b"}
+    return names.get((layers, experts, vocab), f"gpt-oss, {layers} layers, {experts} experts, vocabulary {vocab}")

@@ -1,5 +1,7 @@
 """The numbers parity is judged by, and the bounds they are held to. NumPy only."""
 
+from typing import Any
+
 import numpy as np
 
 # Worst token's relative L2 error of one component, float32 both sides, inputs forced. A right port measured 4e-6 or
@@ -15,6 +17,9 @@ ROPE_GATE = 1e-6
 FLIP_MARGIN = 4.0
 
 
+# The precision arm: the port's bfloat16 error over the reference's own. Up to the first is fine, up to the second a
+# warning; beyond it rounding is not the explanation.
+PRECISION_WARN, PRECISION_FAIL = 1.5, 3.0
 WORST = 1e9  # stands for infinity and for what is no number at all: JSON has neither
 
 
@@ -38,6 +43,12 @@ def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(error == 0, 0.0, error / size)
     return np.where(np.isfinite(relative), relative, np.inf)
+
+
+def error_ratio(port: float, reference: float) -> float:
+    """The port's error over the reference's; 1 where neither has any. One below 1e-6 is exact for a bfloat16."""
+    floor = 1e-6
+    return min(max(port, floor) / max(reference, floor), WORST)
 
 
 def kl(want_logits: np.ndarray, got_logits: np.ndarray) -> np.ndarray:
@@ -67,7 +78,7 @@ def free_run(want: np.ndarray, got: np.ndarray) -> dict[str, float]:
 
 def flips(
     want_logits: np.ndarray, want_choice: np.ndarray, got_logits: np.ndarray, got_choice: np.ndarray
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Tokens whose set of experts differs, each with the margin that explains it or not.
 
     A flip is explained when the reference's logits of the expert it lost and the one it took differ by no more than

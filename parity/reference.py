@@ -8,8 +8,11 @@ at a time is bitwise equal to the whole model.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import ml_dtypes
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import GptOssConfig
@@ -17,8 +20,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
+from parity.sides import Arrays, Expected, Sizes
+
 Taps = dict[str, torch.Tensor]
 
+_EXPERTS = ("gate_up_proj", "down_proj")
 # OpenAI original -> transformers, within a layer (`block.N.` -> `model.layers.N.`) and outside.
 _OPENAI_LAYER = {
     "attn.norm.scale": "input_layernorm.weight",
@@ -43,7 +49,7 @@ _OPENAI_MODEL = {
 
 
 class Reference:
-    """A gpt-oss checkpoint in PyTorch, in float32.
+    """A gpt-oss checkpoint in PyTorch.
 
     Args:
       source: a safetensors directory: Hugging Face MXFP4 or bfloat16, or OpenAI's original.
@@ -61,6 +67,12 @@ class Reference:
         self.config._experts_implementation = "eager"
         self.rotary = gpt_oss.GptOssRotaryEmbedding(self.config)  # off the meta device: its buffers are in no file
 
+    @property
+    def sizes(self) -> Sizes:
+        c = self.config
+        window, positions = int(c.sliding_window or 0), c.max_position_embeddings
+        return Sizes(c.num_hidden_layers, c.num_local_experts, c.vocab_size, window, positions)
+
     # --- tensors, as transformers names and stores them --------------------------------------------------------
 
     def _get(self, name: str) -> torch.Tensor:
@@ -77,8 +89,10 @@ class Reference:
             prefix = f"model.layers.{n}."
             tensors = {name.removeprefix(prefix): self._get(name) for name in self._files if name.startswith(prefix)}
             # transformers 5.23 can write bfloat16 experts under the names of packed ones.
-            return {name.removesuffix("_blocks") if t.dim() == 3 and t.is_floating_point() else name: t
-                    for name, t in tensors.items()}  # fmt: skip
+            return {
+                name.removesuffix("_blocks") if t.dim() == 3 and t.is_floating_point() else name: t
+                for name, t in tensors.items()
+            }
         prefix = f"block.{n}."
         tensors = {new: self._get(prefix + old) for old, new in _OPENAI_LAYER.items()}
         rows = self.config.head_dim * torch.tensor([self.config.num_attention_heads] + [self.config.num_key_value_heads] * 2)
@@ -87,103 +101,138 @@ class Reference:
             tensors |= {f"self_attn.{p}_proj.{leaf}": part for p, part in zip("qkv", parts, strict=True)}
         return tensors
 
+    def first_parameters(self) -> Iterator[Expected]:
+        """Parameters before the layers, as an Orbax checkpoint of ours names and lays them out."""
+        yield _expected("embedding.weight", self._model_tensor("model.embed_tokens.weight"))
+
+    def last_parameters(self) -> Iterator[Expected]:
+        """Parameters after the layers."""
+        yield _expected("norm.scale", self._model_tensor("model.norm.weight"))
+        yield _expected("lm_head.weight", self._model_tensor("lm_head.weight"))
+
     # --- activations --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [batch, length] -> float32 [batch, length, hidden]."""
-        return torch.nn.functional.embedding(tokens, self._model_tensor("model.embed_tokens.weight")).float()
-
-    @torch.no_grad()
-    def unembed(self, x: torch.Tensor) -> Taps:
-        """The residual stream after the last layer -> `final_norm`, `logits`."""
-        norm = gpt_oss.GptOssRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.weight.data = self._model_tensor("model.norm.weight").float()
-        normed = norm(x)
-        weight = self._model_tensor("lm_head.weight")
-        # A run of rows at a time: the whole matrix in float32 is 2.3 GB.
-        logits = [torch.nn.functional.linear(normed, rows.float()) for rows in weight.split(16384)]
-        return {"final_norm": normed, "logits": torch.cat(logits, dim=-1)}
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """int [batch, length] -> [batch, length, hidden] in `dtype`."""
+        rows = torch.nn.functional.embedding(torch.from_numpy(tokens).long(), self._model_tensor("model.embed_tokens.weight"))
+        return to_numpy(rows.to(getattr(torch, np.dtype(dtype).name)))
 
     def layer(self, n: int) -> "ReferenceLayer":
         return ReferenceLayer(self, n)
 
-    def model_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters outside the layers, as an Orbax checkpoint of ours names and lays them out."""
-        yield "embedding.weight", self._model_tensor("model.embed_tokens.weight")
-        yield "norm.scale", self._model_tensor("model.norm.weight")
-        yield "lm_head.weight", self._model_tensor("lm_head.weight")
+    @torch.no_grad()
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        """The residual stream after the last layer -> `final_norm`, `logits`, in the dtype of x."""
+        stream = to_torch(x)
+        norm = gpt_oss.GptOssRMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight.data = self._model_tensor("model.norm.weight").to(stream.dtype)
+        normed = norm(stream)
+        given = to_torch(forced["final_norm"]).to(stream.dtype) if forced else normed
+        # A run of rows at a time: the whole matrix in float32 is 2.3 GB.
+        rows = self._model_tensor("lm_head.weight").split(16384)
+        logits = torch.cat([torch.nn.functional.linear(given, some.to(given.dtype)) for some in rows], dim=-1)
+        return {"final_norm": to_numpy(normed), "logits": to_numpy(logits)}
+
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""
+        cos, sin = self.rotary(torch.zeros(1), torch.from_numpy(positions)[None])
+        return self.rotary.inv_freq.numpy(), cos[0].numpy(), sin[0].numpy()
 
 
 class ReferenceLayer:
-    """One decoder layer, its weights decoded once."""
+    """One decoder layer. MXFP4 is decoded once, for the weights and for every run in whichever dtype."""
 
     def __init__(self, reference: Reference, n: int):
         self.n, self.config, self.rotary = n, reference.config, reference.rotary
         self.stored = reference.stored_layer(n)
         self.decoded = _decode(self.stored)
-        with torch.device("meta"):
-            self.module = gpt_oss.GptOssDecoderLayer(self.config, n)
-        self.module.load_state_dict({name: t.float() for name, t in self.decoded.items()}, assign=True)
-        self.module.eval()
+
+    def parameters(self, packed: bool) -> Iterator[Expected]:
+        """The layer's parameters as an Orbax checkpoint of ours names and lays them out; experts packed if asked."""
+        packed = packed and "mlp.experts.gate_up_proj_blocks" in self.stored
+        for name, tensor in as_in_orbax(self.config, self.n, self.stored if packed else self.decoded):
+            yield _expected(name, tensor)
+
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        """Every tap of the layer, in the dtype of x. Prompts are whole: positions 0, 1, 2, …
+
+        Args:
+          x: [batch, length, hidden].
+          forced: tap -> value to go on with in place of the layer's own.
+        """
+        given = {name: to_torch(value) for name, value in (forced or {}).items()}
+        return {name: to_numpy(value) for name, value in self._run(to_torch(x), given).items()}
 
     @torch.no_grad()
-    def run(self, x: torch.Tensor) -> Taps:
-        """float32 [batch, length, hidden] -> every tap of the layer. Prompts are whole: positions 0, 1, 2, …"""
+    def _run(self, x: torch.Tensor, forced: Taps) -> Taps:
         seen: Taps = {}
-        attn, mlp = self.module.self_attn, self.module.mlp
-        heads = {"q": attn.q_proj, "k": attn.k_proj, "v": attn.v_proj}
-        whole = {
-            "attn_norm": self.module.input_layernorm,
+        module = self._module(x.dtype)
+        attn, mlp = module.self_attn, module.mlp
+        parts = {
+            "attn_norm": module.input_layernorm,
+            "q": attn.q_proj,
+            "k": attn.k_proj,
+            "v": attn.v_proj,
             "attn_out": attn.o_proj,
-            "mlp_norm": self.module.post_attention_layernorm,
+            "mlp_norm": module.post_attention_layernorm,
+            "mlp_out": mlp.experts,
         }
-        hooks = [m.register_forward_hook(_keep(seen, name, (-1, self.config.head_dim))) for name, m in heads.items()]
-        hooks += [m.register_forward_hook(_keep(seen, name)) for name, m in whole.items()]
-        hooks += [
-            mlp.router.register_forward_hook(_keep_router(seen)),
-            mlp.experts.register_forward_hook(_keep(seen, "mlp_out")),
-        ]
+        for name, part in parts.items():
+            part.register_forward_hook(_watch(seen, name, forced))
+        mlp.router.register_forward_hook(_watch_router(seen, forced))
         positions = torch.arange(x.shape[1])[None]
         sliding = list(self.config.layer_types or [])[self.n] == "sliding_attention"
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         mask = make_mask(config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions)
-        try:
-            with mock.patch.object(gpt_oss, "eager_attention_forward", _watched(seen)):
-                out = self.module(x, attention_mask=mask, position_ids=positions, position_embeddings=self.rotary(x, positions))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen | {"mlp_out": seen["mlp_out"].reshape(x.shape), "layer_out": out}
+        with mock.patch.object(gpt_oss, "eager_attention_forward", _watch_attention(seen, forced)):
+            out = module(x, attention_mask=mask, position_ids=positions, position_embeddings=self.rotary(x, positions))
+        heads = {name: seen[name].unflatten(-1, (-1, self.config.head_dim)) for name in "qkv"}
+        return seen | heads | {"mlp_out": seen["mlp_out"].reshape(x.shape), "layer_out": out}
 
     @torch.no_grad()
-    def experts(self, x: torch.Tensor, choice: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The experts alone, on a routing of one's own: x [tokens, hidden], choice and weights [tokens, k]."""
-        return self.module.mlp.experts(x, choice, weights)
+        rows = to_torch(x)
+        return to_numpy(self._module(rows.dtype).mlp.experts(rows, to_torch(choice).long(), to_torch(weights)))
 
-    def parameters(self, packed: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """The layer's parameters as an Orbax checkpoint of ours names and lays them out; experts packed if asked."""
-        c, p = self.config, f"layers.{self.n}"
-        tensors = self.stored if packed else self.decoded
-        yield f"{p}.attn.norm.scale", tensors["input_layernorm.weight"]
-        yield f"{p}.attn.sinks", tensors["self_attn.sinks"]
-        for name, n in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
-            yield f"{p}.attn.{name}_proj.weight", tensors[f"self_attn.{name}_proj.weight"].view(n, c.head_dim, -1)
-            yield f"{p}.attn.{name}_proj.bias", tensors[f"self_attn.{name}_proj.bias"].view(n, c.head_dim)
-        yield f"{p}.attn.o_proj.weight", tensors["self_attn.o_proj.weight"].view(-1, c.num_attention_heads, c.head_dim)
-        yield f"{p}.attn.o_proj.bias", tensors["self_attn.o_proj.bias"]
-        yield f"{p}.mlp.norm.scale", tensors["post_attention_layernorm.weight"]
-        yield f"{p}.mlp.router.weight", tensors["mlp.router.weight"]
-        yield f"{p}.mlp.router.bias", tensors["mlp.router.bias"]
-        yield f"{p}.mlp.gate_up.bias", _gate_and_up(tensors["mlp.experts.gate_up_proj_bias"])
-        yield f"{p}.mlp.down.bias", tensors["mlp.experts.down_proj_bias"]
-        if packed:
-            for kind in ("blocks", "scales"):
-                yield f"{p}.mlp.gate_up.{kind}", _gate_and_up(tensors[f"mlp.experts.gate_up_proj_{kind}"])
-                yield f"{p}.mlp.down.{kind}", tensors[f"mlp.experts.down_proj_{kind}"]
-        else:
-            yield f"{p}.mlp.gate_up.weight", _gate_and_up(tensors["mlp.experts.gate_up_proj"].transpose(1, 2))
-            yield f"{p}.mlp.down.weight", tensors["mlp.experts.down_proj"].transpose(1, 2)
+    def _module(self, dtype: torch.dtype) -> gpt_oss.GptOssDecoderLayer:
+        with torch.device("meta"):
+            module = gpt_oss.GptOssDecoderLayer(self.config, self.n)
+        experts: Any = module.mlp.experts
+        for name in _EXPERTS:  # not parameters: one expert at a time is brought to `dtype`, when it is asked for
+            delattr(experts, name)
+            setattr(experts, name, _Experts(self.decoded[f"mlp.experts.{name}"], dtype))
+        others = {name: t.to(dtype) for name, t in self.decoded.items() if name.removeprefix("mlp.experts.") not in _EXPERTS}
+        module.load_state_dict(others, assign=True)
+        return module.eval()
+
+
+# --- parameters -------------------------------------------------------------------------------------------------
+
+
+def as_in_orbax(c: GptOssConfig, n: int, tensors: Taps) -> Iterator[tuple[str, torch.Tensor]]:
+    """Layer n's state dict with the names and axes of an Orbax checkpoint of ours."""
+    p = f"layers.{n}"
+    yield f"{p}.attn.norm.scale", tensors["input_layernorm.weight"]
+    yield f"{p}.attn.sinks", tensors["self_attn.sinks"]
+    for name, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
+        yield f"{p}.attn.{name}_proj.weight", tensors[f"self_attn.{name}_proj.weight"].view(heads, c.head_dim, -1)
+        yield f"{p}.attn.{name}_proj.bias", tensors[f"self_attn.{name}_proj.bias"].view(heads, c.head_dim)
+    yield f"{p}.attn.o_proj.weight", tensors["self_attn.o_proj.weight"].view(-1, c.num_attention_heads, c.head_dim)
+    yield f"{p}.attn.o_proj.bias", tensors["self_attn.o_proj.bias"]
+    yield f"{p}.mlp.norm.scale", tensors["post_attention_layernorm.weight"]
+    yield f"{p}.mlp.router.weight", tensors["mlp.router.weight"]
+    yield f"{p}.mlp.router.bias", tensors["mlp.router.bias"]
+    yield f"{p}.mlp.gate_up.bias", _gate_and_up(tensors["mlp.experts.gate_up_proj_bias"])
+    yield f"{p}.mlp.down.bias", tensors["mlp.experts.down_proj_bias"]
+    if "mlp.experts.gate_up_proj_blocks" in tensors:
+        for kind in ("blocks", "scales"):
+            yield f"{p}.mlp.gate_up.{kind}", _gate_and_up(tensors[f"mlp.experts.gate_up_proj_{kind}"])
+            yield f"{p}.mlp.down.{kind}", tensors[f"mlp.experts.down_proj_{kind}"]
+    else:
+        yield f"{p}.mlp.gate_up.weight", _gate_and_up(tensors["mlp.experts.gate_up_proj"].transpose(1, 2))
+        yield f"{p}.mlp.down.weight", tensors["mlp.experts.down_proj"].transpose(1, 2)
 
 
 def _gate_and_up(rows: torch.Tensor) -> torch.Tensor:
@@ -191,38 +240,136 @@ def _gate_and_up(rows: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
+class _Experts:
+    """Stands where GptOssExperts has a parameter: `weights[e]` is expert e, [in, out], in the dtype computed in."""
+
+    def __init__(self, values: torch.Tensor, dtype: torch.dtype):
+        self.values, self.dtype = values, dtype
+
+    def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
+        one = self.values[expert].to(self.dtype)
+        # transformers keeps [in, out] contiguous. In bfloat16 on a CPU that multiplies 40 times slower than the same
+        # matrix seen through a transposition; in float32 it decides the last bit.
+        return one if self.dtype == torch.bfloat16 else one.contiguous()
+
+
 def _decode(stored: Taps) -> Taps:
-    """The layer's state dict: packed experts decoded by transformers, one expert at a time to bound the memory."""
+    """The layer's state dict, packed experts decoded by transformers, one at a time to bound the memory.
+
+    Experts are [experts, in, out] views of [experts, out, in] memory: see `_Experts`.
+    """
     state = {name: t for name, t in stored.items() if not name.endswith(("_blocks", "_scales"))}
-    for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+    for name in (f"mlp.experts.{name}" for name in _EXPERTS):
         if f"{name}_blocks" in stored:
-            packed = zip(stored[f"{name}_blocks"].split(1), stored[f"{name}_scales"].split(1), strict=True)
-            state[name] = torch.cat([convert_moe_packed_tensors(b, s, dtype=torch.bfloat16) for b, s in packed])
+            blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+            values = torch.empty(*blocks.shape[:2], blocks.shape[2] * 32, dtype=torch.bfloat16)
+            for e in range(len(blocks)):
+                values[e] = convert_moe_packed_tensors(blocks[e : e + 1], scales[e : e + 1])[0].T
+        else:
+            values = state[name].transpose(1, 2).contiguous()
+        state[name] = values.transpose(1, 2)
     return state
 
 
-def _keep(seen: Taps, name: str, unflatten: tuple[int, ...] | None = None):
-    def hook(module, args, output) -> None:
-        seen[name] = output if unflatten is None else output.unflatten(-1, unflatten)
+# --- NumPy at the border, and bits ------------------------------------------------------------------------------
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_PIECE = 1 << 24  # values compared at a time: parameters are up to 4 GB
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == _BFLOAT16:
+        return to_torch(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch has no read-only tensors
+
+
+def to_numpy(t: torch.Tensor) -> np.ndarray:
+    t = t.contiguous()
+    return t.view(torch.int16).numpy().view(_BFLOAT16) if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def _expected(name: str, want: torch.Tensor) -> Expected:
+    return Expected(name, tuple(want.shape), lambda got: _difference(want, got))
+
+
+def _difference(want: torch.Tensor, got: np.ndarray) -> str:
+    """How a stored parameter differs from the reference's, bit by bit; empty if it does not.
+
+    bfloat16 against float32 is compared as float32, which holds every bfloat16 exactly.
+    """
+    differing, first, largest = 0, None, 0.0
+    step = max(1, _PIECE * len(want) // want.numel())
+    for start in range(0, len(want), step):
+        a, b = want[start : start + step], to_torch(got[start : start + step])
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        unequal = _bits(a) != _bits(b)
+        if unequal.any():
+            differing += int(unequal.sum())
+            row, *rest = unequal.nonzero()[0].tolist()
+            first = first or [start + row, *rest]
+            largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max()))
+    if not differing:
+        return ""
+    return f"{differing} of {want.numel()} values differ, first at {first}, by at most {largest:.3g}"
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+# --- a layer, watched and fed -----------------------------------------------------------------------------------
+
+
+def _watch(seen: Taps, name: str, forced: Taps):
+    """A forward hook: keeps the output, and puts the forced value in its place."""
+
+    def hook(module, args, output: torch.Tensor) -> torch.Tensor | None:
+        seen[name] = output
+        return forced[name].reshape(output.shape).to(output.dtype) if name in forced else None
 
     return hook
 
 
-def _keep_router(seen: Taps):
-    def hook(module, args, output) -> None:
-        seen["router_logits"], seen["expert_weights"], seen["expert_choice"] = output
+def _watch_router(seen: Taps, forced: Taps):
+    """The router's three outputs. On forced logits or experts it routes again, with its own code."""
+
+    def hook(module, args, output):
+        logits, weights, choice = output
+        seen["router_logits"] = logits
+        if "router_logits" in forced:
+            logits = forced["router_logits"].to(logits.dtype)
+            weights, choice = _route(module, logits)
+        seen["expert_choice"] = choice
+        if "expert_choice" in forced:
+            chosen = forced["expert_choice"].long()
+            weights, choice = _route(module, torch.full_like(logits, -1e30).scatter(1, chosen, logits.gather(1, chosen)))
+        seen["expert_weights"] = weights
+        return logits, forced.get("expert_weights", weights).to(logits.dtype), choice
 
     return hook
 
 
-def _watched(seen: Taps):
-    """transformers' eager attention, its inputs (rotated q and k) and its output kept."""
+def _route(router: gpt_oss.GptOssTopKRouter, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' router from given logits on, as a router whose matrix is the identity: weights and choice."""
+    same = gpt_oss.GptOssTopKRouter.__new__(gpt_oss.GptOssTopKRouter)
+    torch.nn.Module.__init__(same)
+    same.top_k, same.weight, same.bias = router.top_k, torch.eye(logits.shape[-1]).to(logits.dtype), None  # type: ignore
+    _, weights, choice = same(logits)
+    return weights, choice
+
+
+def _watch_attention(seen: Taps, forced: Taps):
+    """transformers' eager attention, its inputs (rotated q and k) and its output kept, and forced."""
     attend = gpt_oss.eager_attention_forward
 
     def attention(module, query, key, value, *args, **kwargs):
+        seen["q_rope"], seen["k_rope"] = query.transpose(1, 2), key.transpose(1, 2)
+        if "q_rope" in forced:
+            query, key, value = (forced[name].to(query.dtype).transpose(1, 2) for name in ("q_rope", "k_rope", "v"))
         core, weights = attend(module, query, key, value, *args, **kwargs)
-        seen["q_rope"], seen["k_rope"], seen["attn_core"] = query.transpose(1, 2), key.transpose(1, 2), core
-        return core, weights
+        seen["attn_core"] = core
+        return forced.get("attn_core", core).to(core.dtype), weights
 
     return attention
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from oss_model.taps import LAYER_TAPS
+from parity.metrics import PRECISION_FAIL, PRECISION_WARN
 
 EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
 
@@ -48,6 +49,7 @@ class Report:
     tokens: int
     seed: int
     layers: bool = False  # was the semantics arm asked for?
+    dtype: str = "float32"  # "bfloat16": the precision arm was asked for
     weights: list[Weight] = dataclasses.field(default_factory=list)
     taps: list[TapResult] = dataclasses.field(default_factory=list)
     free_run: dict[str, Any] | None = None
@@ -65,9 +67,18 @@ class Report:
         bad_weights = any(weight.note for weight in self.weights)
         bad_taps = any(tap.verdict == "fail" for tap in self.taps)
         bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
-        if bad_weights or bad_taps or bad_run:
+        bad_flips = any(not flip["explained"] for flip in self.flips)
+        if bad_weights or bad_taps or bad_run or bad_flips or self.precision == "fail":
             return "fail"
         return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
+
+    @property
+    def precision(self) -> str | None:
+        """ "ok", "warn" or "fail" by the worst ratio of the precision arm; None without it."""
+        ratios = [tap.port_over_reference for tap in self.taps if tap.port_over_reference is not None]
+        if not ratios:
+            return None
+        return "ok" if max(ratios) <= PRECISION_WARN else "warn" if max(ratios) <= PRECISION_FAIL else "fail"
 
     @property
     def exit_code(self) -> int:
@@ -97,6 +108,8 @@ class Report:
             "checkpoint": self.checkpoint,
             "tokens": self.tokens,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "precision": self.precision,
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
@@ -113,7 +126,7 @@ class Report:
         return "\n".join(_table(self))
 
 
-_COLUMNS = "{:<9} {:<18} {:<12} {:<36} {}"
+_COLUMNS = "{:<9} {:<18} {:<12} {:<15} {:<36} {}"
 
 
 def _table(report: Report) -> Iterable[str]:
@@ -121,15 +134,20 @@ def _table(report: Report) -> Iterable[str]:
     yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
     exact = sum(not weight.note for weight in report.weights)
     verdict = "ok" if exact == len(report.weights) else "FAIL"
-    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "bit-exact, decoded by transformers", verdict)
+    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "", "bit-exact, decoded by transformers", verdict)
     differing = [weight for weight in report.weights if weight.note]
     for weight in differing[:8]:
         yield f"          {weight.name}: {weight.note}"
     if len(differing) > 8:
         yield f"          ... and {len(differing) - 8} more: --json FILE names each"
     if report.taps:
-        yield _COLUMNS.format("layer", "tap", "worst token", "note", "verdict")
+        yield _COLUMNS.format("layer", "tap", "worst token", "port/reference", "note", "verdict")
         yield from _tap_rows(report)
+    if report.precision is not None:
+        worst = max(report.taps, key=lambda tap: tap.port_over_reference or 0.0)
+        where = worst.tap if worst.layer is None else f"layer {worst.layer} {worst.tap}"
+        verdict = report.precision.upper() if report.precision == "fail" else report.precision
+        yield f"precision in bfloat16: at most {worst.port_over_reference:.2f} times the reference's error, {where}   {verdict}"
     if report.free_run is not None:
         yield from _free_run_rows(report)
     for reason in report.incomplete:
@@ -162,19 +180,27 @@ def _tap_rows(report: Report) -> Iterable[str]:
 def _row(layer: str, taps: list[TapResult]) -> str:
     worst = max(taps, key=lambda tap: tap.worst_token_rel_l2)
     names = list(dict.fromkeys(tap.tap for tap in taps))
-    everything = len(names) == len(LAYER_TAPS)
+    everything = set(names) >= set(LAYER_TAPS)
+    ratios = [tap.port_over_reference for tap in taps if tap.port_over_reference is not None]
+    ratio = f"{max(ratios):.2f}" if ratios else ""
     tap = f"all {len(names)} taps" if everything else names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     notes = dict.fromkeys(tap.note for tap in taps if tap.note)
     verdict = "ok" if worst.verdict == "ok" else worst.verdict.upper() if worst.verdict == "fail" else worst.verdict
     times = f" x{len(taps)}" if len(taps) > 1 else ""
-    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", "; ".join(notes)[:60], verdict + times)
+    note = "; ".join(notes)
+    note = note if len(note) <= 60 else f"{note[:57]}..."
+    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", ratio, note, verdict + times)
 
 
 def _free_run_rows(report: Report) -> Iterable[str]:
     assert report.free_run is not None
-    for name, run in (("routing replayed", report.free_run), ("own routing", report.free_run["own_routing"])):
+    runs = {"routing replayed": report.free_run, "own routing": report.free_run["own_routing"]}
+    if "bfloat16" in report.free_run:
+        runs["in bfloat16"] = report.free_run["bfloat16"]
+        runs["reference in it"] = report.free_run["reference_bfloat16"]  # what noise is: PyTorch against itself
+    for name, run in runs.items():
         kl = f"KL {run['kl_mean']:.1e} mean, {run['kl_p95']:.1e} p95, {run['kl_max']:.1e} max   top-1 {run['top1']:.1%}"
-        verdict = "" if name == "own routing" else "ok" if run["verdict"] == "ok" else "FAIL"
+        verdict = {"ok": "ok", "fail": "FAIL"}.get(run.get("verdict", ""), "")
         yield f"free run  {name:<16} max |d logit| {run['max_abs']:.1e} of {run['max_logit']:.3g}   {kl}   {verdict}".rstrip()
     unexplained = sum(not flip["explained"] for flip in report.flips)
     if report.flips:

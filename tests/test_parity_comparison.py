@@ -12,12 +12,14 @@ from click.testing import CliRunner
 from flax import nnx
 
 from converter import convert
-from oss_model import Transformer, layers, moe, mxfp4
+from oss_model import InputError, Transformer, cache, layers, modeling, moe, mxfp4
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
+from parity import candidate as candidate_module
 from parity import compare, comparison, metrics
 from parity.candidate import Candidate
 from parity.cli import main
+from parity.prompts import random_prompt, read_prompt
 from parity.reference import Reference
 
 
@@ -63,16 +65,16 @@ def test_one_layer_at_a_time_is_bitwise_the_whole_reference(sources, prompt):
     whole = GptOssForCausalLM.from_pretrained(
         sources["hf"], dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    tokens = torch.from_numpy(prompt).long()
     reference = Reference(sources["hf"])
-    x = reference.embed(tokens)
+    x = reference.embed(prompt, np.float32)
     with torch.no_grad():
-        want = whole(tokens, output_hidden_states=True)
-        for n in range(5):
-            assert torch.equal(x, want.hidden_states[n])
-            x = reference.layer(n).run(x)["layer_out"]
-        assert torch.equal(reference.unembed(x)["final_norm"], want.hidden_states[5])
-        torch.testing.assert_close(reference.unembed(x)["logits"], want.logits, rtol=0, atol=1e-5)
+        want = whole(torch.from_numpy(prompt).long(), output_hidden_states=True)
+    for n in range(5):
+        np.testing.assert_array_equal(x, want.hidden_states[n])
+        x = reference.layer(n).run(x)["layer_out"]
+    last = reference.unembed(x)
+    np.testing.assert_array_equal(last["final_norm"], want.hidden_states[5])
+    np.testing.assert_allclose(last["logits"], want.logits, atol=1e-5)
 
 
 def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prompt):
@@ -80,14 +82,12 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
     from oss_model import create_model_from_checkpoint
 
     candidate = Candidate(checkpoints["bfloat16"])
-    x = candidate.embed(prompt, candidate.restore(["embedding.weight"]))
+    x = candidate.embed(prompt, np.float32)
     found = {}
     for n in range(5):
-        block = candidate.block(n, candidate.restore(candidate.layer_names(n)))
-        taps = candidate.run(block, x, {})
+        taps = candidate.layer(n).run(x)
         found |= {(n, name): value for name, value in taps.items()}
-        x = jnp.asarray(taps["layer_out"])
-    seen = {}
+        x = taps["layer_out"]
 
     @nnx.jit
     def watch(model: Transformer, tokens):
@@ -106,28 +106,139 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
         np.testing.assert_allclose(value, seen[f"{n} {name}"], atol=3e-5, err_msg=f"layer {n} {name}")
 
 
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_forced_inputs_keep_an_error_where_it_is_made(sources, checkpoints, prompt, side):
+    """Both sides alike: fed its own taps a layer gives them back, and a forced q changes what is computed from it only."""
+    made = Reference(sources["hf"]) if side == "reference" else Candidate(checkpoints["bfloat16"])
+    layer = made.layer(1)
+    x = made.embed(prompt, np.float32)
+    free = layer.run(x)
+    again = layer.run(x, free)
+    for name in LAYER_TAPS:
+        np.testing.assert_allclose(again[name], free[name], atol=1e-6, err_msg=name)
+    changed = layer.run(x, free | {"q": free["q"] + 1})
+    wrong = [name for name in LAYER_TAPS if not np.allclose(changed[name], free[name], atol=1e-6)]
+    assert wrong == ["q_rope"]
+
+
+def test_the_reference_routes_by_its_own_code_on_forced_logits(sources, prompt):
+    layer = Reference(sources["hf"]).layer(0)
+    x = Reference(sources["hf"]).embed(prompt, np.float32)
+    free = layer.run(x)
+    logits = free["router_logits"][:, ::-1].copy()
+    forced = layer.run(x, {"router_logits": logits})
+    np.testing.assert_array_equal(forced["expert_choice"], np.argsort(-logits, axis=-1)[:, :4])
+    chosen = np.take_along_axis(logits, forced["expert_choice"], -1).astype(np.float64)
+    np.testing.assert_allclose(forced["expert_weights"], np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True), rtol=1e-5)
+    other = np.tile(np.array([8, 6, 4, 2]), (len(logits), 1))
+    replayed = layer.run(x, {"expert_choice": other})
+    chosen = np.take_along_axis(free["router_logits"], np.sort(other), -1).astype(np.float64)
+    got = np.sort(replayed["expert_weights"], axis=-1)
+    np.testing.assert_allclose(got, np.sort(np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True), axis=-1), rtol=1e-5)
+
+
 def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
-    """A router that never picks the last experts, and a wrong bias in one of them: only feeding it shows it."""
+    """Routing that never picks the last two experts, and a wrong bias in one of them: only feeding it shows it."""
     source = write_checkpoint(tmp_path / "source", dataclasses.replace(cfg, num_hidden_layers=2, layer_types=()))
-    reference = Reference(source)
-    layer = reference.layer(0)
-    truth = layer.run(reference.embed(torch.arange(28)[None]))
-    reached = torch.unique(truth["expert_choice"])
-    assert len(reached) == 9  # so the prompt below has to be made not to
     convert(source, tmp_path / "checkpoint")
-    run = comparison._Run(
-        Candidate(tmp_path / "checkpoint"), reference, comparison.Report("", "", "", 28, 0, True), lambda *a: None
-    )
-    block = run.candidate.block(0, run.candidate.restore(run.candidate.layer_names(0)))
-    taps = {name: value.numpy() for name, value in truth.items()}
+    reference, candidate = Reference(source), Candidate(tmp_path / "checkpoint")
+    prompt = random_prompt(509, 28, 0)
+    blank = comparison.Report("", "", "", 28, 0, True)
+    run = comparison._Run(candidate, reference, blank, prompt, False, False, lambda *_: None)
+    expected, layer = reference.layer(0), candidate.layer(0)
+    taps = expected.run(reference.embed(prompt.tokens, np.float32))
     taps["expert_choice"] = np.minimum(taps["expert_choice"], 6)
-    got = dict(taps)
-    run.experts(0, layer, block, taps, got)
+    run.experts(0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "ok"
     assert run.report.taps[-1].note == "2 unreached experts fed directly"
-    block.mlp.down.bias.set_value(block.mlp.down.bias[...].at[8].add(1.0))
-    run.experts(0, layer, block, taps, got)
+    bias = layer.arrays["layers.0.mlp.down.bias"]
+    layer.arrays["layers.0.mlp.down.bias"] = bias.at[8].add(jnp.ones((), bias.dtype))
+    run.experts(0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "fail"
+
+
+# --- precision and decoding -------------------------------------------------------------------------------------
+
+
+def test_precision_in_bfloat16_is_the_references_own(sources, checkpoints):
+    report = compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16")
+    assert report.verdict == "pass"
+    assert report.precision in ("ok", "warn")
+    judged = [tap for tap in report.taps if tap.port_over_reference is not None]
+    assert len(judged) == 5 * 13 + 2
+    assert report.free_run["bfloat16"]["kl_max"] > 100 * report.free_run["kl_max"]
+    assert report.free_run["bfloat16"]["kl_mean"] < 3 * report.free_run["reference_bfloat16"]["kl_mean"]
+
+
+def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpoints):
+    """Softmax weights cut to five bits: right in float32, and far noisier than the reference in bfloat16."""
+    import jax
+
+    def careless(q, k, v, sinks, visible):
+        out = layers.sink_attention(q, k, v, sinks, visible)
+        return out if out.dtype == jnp.float32 else jnp.round(out * 8) / 8
+
+    monkeypatch.setattr(modeling, "sink_attention", careless)
+    jax.clear_caches()
+    report = compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16")
+    jax.clear_caches()
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert (report.precision, report.verdict) == ("fail", "fail")
+
+
+def test_decoding_equals_the_whole_prompt(sources, checkpoints):
+    report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, decode=True)
+    assert report.verdict == "pass"
+    assert [tap.layer for tap in report.taps if tap.tap == "decode"] == [0, 1, 2, 3, 4]
+
+
+def test_a_cache_that_forgets_one_key_too_early_is_found(monkeypatch, sources, checkpoints):
+    import jax
+
+    monkeypatch.setattr(candidate_module, "init_cache", lambda cfg, *rest: cache.init_cache(
+        dataclasses.replace(cfg, sliding_window=9), *rest))  # fmt: skip
+    jax.clear_caches()
+    report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, decode=True)
+    jax.clear_caches()
+    assert [tap.layer for tap in report.taps if tap.verdict == "fail"] == [0, 2, 4]
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_of_prompts_of_different_lengths(tmp_path, sources, checkpoints):
+    file = tmp_path / "prompts.json"
+    rows = [list(range(5, 40)), list(range(100, 111)), [7]]
+    file.write_text(json.dumps(rows))
+    prompt = read_prompt(file, 509, tmp_path / "tokenizer.json")
+    report = compare(sources["hf"], checkpoints["bfloat16"], prompt=prompt)
+    assert (report.verdict, report.tokens) == ("pass", 35)
+    assert len(report.token_kl) == 35 + 11 + 1
+
+
+def test_text_prompts_use_the_checkpoints_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"up": 3, "down": 4}, unk_token="down"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "prompt.txt").write_text("up down up")
+    np.testing.assert_array_equal(read_prompt(tmp_path / "prompt.txt", 509, tmp_path / "tokenizer.json").tokens, [[3, 4, 3]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 509]", "expected token ids from 0 to 508, found 1 others, the first 509"),
+        ("[[1], []]", "expected at least one token a prompt, found an empty one"),
+        ("[1, true]", "found 1 others, the first True"),
+        ("hello", "expected a JSON list of token ids, found text, and there is no"),
+    ],
+)
+def test_prompts_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "prompt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_prompt(tmp_path / "prompt", 509, tmp_path / "tokenizer.json")
 
 
 # --- differing bytes --------------------------------------------------------------------------------------------
@@ -201,12 +312,12 @@ def test_a_source_of_another_shape_is_a_divergence_not_a_usage_error(tmp_path, c
 
 
 def test_a_tap_without_a_partner_is_incomplete(monkeypatch, sources, checkpoints):
-    run = Candidate.run
+    run = candidate_module.CandidateLayer.run
 
     def without_core(self, *args):
         return {name: value for name, value in run(self, *args).items() if name != "attn_core"}
 
-    monkeypatch.setattr(Candidate, "run", without_core)
+    monkeypatch.setattr(candidate_module.CandidateLayer, "run", without_core)
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=True)
     assert (report.verdict, report.exit_code) == ("incomplete", 3)
     assert {tap.tap for tap in report.taps if tap.verdict == "incomplete"} == {"attn_core"}

@@ -1,0 +1,80 @@
+"""What the two sides of a comparison must be able to do. NumPy at the border: neither side sees the other's framework.
+
+A model of one's own is compared by giving `parity.compare` an object that follows `Port`; `scripts/compare_own_model.py`
+is an example. Taps are those of `oss_model.taps`. Arrays are float32 or bfloat16 (`ml_dtypes`), [batch, length, ...];
+the router's are [batch * length, ...].
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+class Sizes(NamedTuple):
+    layers: int
+    experts: int
+    vocab: int
+    window: int
+    max_positions: int
+
+
+class Expected(NamedTuple):
+    """A parameter as the reference has it. `differs(array)` says how a stored one is different; empty if it is not."""
+
+    name: str
+    shape: tuple[int, ...]
+    differs: Callable[[np.ndarray], str]
+
+
+class Layer(Protocol):
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        """Every tap of the layer for input x, in the dtype of x.
+
+        `forced` holds values to go on with in place of the layer's own: each part then works on the reference's input.
+        Forced `expert_choice` without `expert_weights` means: these experts, weighed by the layer's own logits.
+        """
+        ...
+
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The sum of the experts alone: x [tokens, hidden], choice and weights [tokens, k] -> [tokens, hidden]."""
+        ...
+
+
+class Port(Protocol):
+    """The side that is judged.
+
+    `stored` says which parameters there are: name (as in an Orbax checkpoint of ours) -> (shape, dtype). A port that
+    has none to show leaves it empty, and its run ends incomplete.
+    """
+
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def stored(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]: ...
+    def restore(self, names: Iterable[str]) -> Arrays: ...
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray: ...
+    def layer(self, n: int) -> Layer: ...
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays: ...
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class OracleLayer(Layer, Protocol):
+    def parameters(self, packed: bool) -> Iterable[Expected]: ...
+
+
+class Oracle(Protocol):
+    """The side that is right: PyTorch (`parity.reference`), or what it said before (`parity.recording`)."""
+
+    @property
+    def sizes(self) -> Sizes: ...
+    def first_parameters(self) -> Iterable[Expected]: ...
+    def last_parameters(self) -> Iterable[Expected]: ...
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray: ...
+    def layer(self, n: int) -> OracleLayer: ...
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays: ...
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""
+        ...
