@@ -31,7 +31,7 @@ class Needs:
 def reader_bytes(target: Target) -> int:
     """What a `Reader` holds for a chunk of `target`: what is read at a time, and pieces of output."""
     row = target.shape[-1] * target.dtype.itemsize
-    total = 4 * max(PIECE_BYTES, row)
+    total = 6 * max(PIECE_BYTES, row)  # decoded, contiguous, stored, and what decoding takes
     for entry in target.sources:
         count, *rest = entry.checkpoint_shape
         nbytes = math.prod(rest) * (1 if entry.packed else 4)  # of a row; float32 at the most
