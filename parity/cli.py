@@ -4,8 +4,14 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from parity.report import Report
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,8 +34,10 @@ import click
 )
 @click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="F", help="Write a report to F.")
-def main(source: Path | None, checkpoint: Path | None, json_file: Path | None, prompt_file: Path | None, **options):
+@click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
+@click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
+@click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
+def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None, **options):
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
     SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
@@ -42,19 +50,29 @@ def main(source: Path | None, checkpoint: Path | None, json_file: Path | None, p
     \b
     Examples:
       check-parity --layers
-      check-parity gpt-oss-20b/ gpt-oss-20b-orbax/ --layers --json report.json
+      check-parity gpt-oss-20b/ gpt-oss-20b-orbax/ --layers --json report.json --html report.html
 
     \b
     Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 130 interrupted.
     """
-    from oss_model.errors import InputError
+    from oss_model.errors import InputError, raise_all
     from oss_model.shards import Checkpoint
 
+    outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
+    files = {form: file for form, file in outputs.items() if file is not None}
+    faults = _misplaced(files)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            source, checkpoint = _pair(source, checkpoint, Path(scratch))
-            Checkpoint(source).shards.close()  # only to name what is wrong with it; the reference reads it by itself
-            code = _compare(source, checkpoint, json_file, prompt_file, options)
+            try:
+                pair = _pair(source, checkpoint, Path(scratch))
+                Checkpoint(pair[0]).shards.close()  # only to name what is wrong with it; the reference reads it by itself
+            except InputError as e:
+                raise InputError(*faults, *e.faults) from None
+            raise_all(faults)
+            report = _compare(*pair, prompt_file, options)
+        click.echo(report.table())
+        _write(report, files)
+        code = report.exit_code
     except InputError as e:
         for fault in e.faults:
             click.echo(f"error: {fault}", err=True)
@@ -87,11 +105,9 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     return source, scratch / "checkpoint"
 
 
-def _compare(source: Path, checkpoint: Path, json_file: Path | None, prompt_file: Path | None, options: dict) -> int:
+def _compare(source: Path, checkpoint: Path, prompt_file: Path | None, options: dict) -> "Report":
     from oss_model.errors import InputError
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"{json_file}: expected a file in an existing directory; make {json_file.parent} first")
     try:
         import torch  # noqa: F401
         import transformers
@@ -116,9 +132,35 @@ def _compare(source: Path, checkpoint: Path, json_file: Path | None, prompt_file
         def progress(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=what)
 
-        report = compare(source, checkpoint, progress=progress, **options)
-    click.echo(report.table())
-    if json_file is not None:
-        json_file.write_text(report.to_json() + "\n", encoding="utf-8")
-        click.echo(f"report {json_file}", err=True)
-    return report.exit_code
+        return compare(source, checkpoint, progress=progress, **options)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------
+
+
+def _misplaced(files: dict[str, Path]) -> list[str]:
+    """What is wrong with where the reports are to go, known before the long part."""
+    faults = []
+    taken: dict[Path, str] = {}
+    for form, file in files.items():
+        if not file.absolute().parent.is_dir():
+            faults.append(f"{file}: expected a file in an existing directory; make {file.parent} first")
+        other = taken.setdefault(file.absolute(), form)
+        if other != form:
+            faults.append(f"{file}: expected a file for each report, found --{other} and --{form} here")
+    return faults
+
+
+def _write(report: "Report", files: dict[str, Path]) -> None:
+    from oss_model.errors import raise_all
+    from parity import html, junit
+
+    render = {"json": lambda report: report.to_json() + "\n", "junit": junit.render, "html": html.render}
+    faults = []
+    for form, file in files.items():
+        try:
+            file.write_text(render[form](report), encoding="utf-8")
+            click.echo(f"report {file}", err=True)
+        except OSError as e:
+            faults.append(f"{file}: could not be written ({e.strerror}); the comparison itself is done, see above")
+    raise_all(faults)

@@ -179,7 +179,7 @@ def test_the_base_installation_has_no_pytorch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {line.split(">")[0].split("[")[0] for line in project["dependencies"]}
     assert not names & HEAVY
-    assert {line.split(">")[0].split("=")[0] for line in project["optional-dependencies"]["parity"]} == HEAVY
+    assert {line.split(">")[0].split("=")[0] for line in project["optional-dependencies"]["parity"]} == HEAVY | {"jinja2"}
 
 
 def test_the_model_can_be_read_in_one_sitting():

@@ -1,0 +1,339 @@
+"""JUnit and HTML: what they say of a report, that files cannot speak in them, and that a browser has no complaint."""
+
+import dataclasses
+import html.parser
+import os
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import pytest
+from click.testing import CliRunner
+
+from oss_model.taps import LAYER_TAPS
+from parity import html as page
+from parity import junit
+from parity.cli import main
+from parity.report import Report, TapResult, Weight
+
+RUN = {"max_abs": 9.1e-6, "max_logit": 4.1, "kl_mean": 1e-12, "kl_p95": 3e-12, "kl_max": 4e-12, "top1": 1.0}
+
+
+@pytest.fixture
+def healthy() -> Report:
+    report = Report("gpt-oss", "gpt-oss-orbax", "gpt-oss, 24 layers", 320, 0, True, peak_rss_bytes=2**31, seconds=12.5)
+    report.weights = [Weight("embedding.weight"), *(Weight(f"layers.{n}.attn.sinks") for n in range(24))]
+    report.taps = [TapResult(None, "rope", 2.3e-7, 1e-6, "ok", "cos and sin up to position 4095")]
+    report.taps += [TapResult(n, name, 4e-7, 1e-5, "ok") for n in range(24) for name in LAYER_TAPS]
+    report.taps += [TapResult(None, name, 3e-7, 1e-5, "ok") for name in ("final_norm", "logits")]
+    report.free_run = RUN | {"gate": 2e-4, "verdict": "ok", "own_routing": dict(RUN)}
+    report.growth = [{"layer": n, "replayed": 1e-6 * (n + 1), "own": 1e-6 * (n + 1)} for n in range(24)]
+    report.token_kl = [1e-12, 0.0, -1e-17, 3e-12] * 80
+    return report
+
+
+@pytest.fixture
+def broken(healthy) -> Report:
+    """Of every kind of fault one, and more flips than are shown at once."""
+    taps = {(tap.layer, tap.tap): i for i, tap in enumerate(healthy.taps)}
+    healthy.taps[taps[16, "attn_core"]] = TapResult(16, "attn_core", 0.31, 1.2, "fail", "only tokens >= 128", 5.25)
+    healthy.taps[taps[18, "attn_core"]] = TapResult(18, "attn_core", 1e9, 1e9, "fail", "all tokens")
+    healthy.taps[taps[20, "q"]] = TapResult(20, "q", 1.0, 0.0, "incomplete", "the candidate has no such tap")
+    healthy.weights[7] = Weight("layers.6.attn.sinks", "1 of 64 values differ, first at [3], by at most 0.0312")
+    healthy.free_run |= {"verdict": "fail", "max_abs": 2.5}
+    healthy.growth[20]["own"] = 1e9
+    healthy.flips = [
+        {"layer": 17, "token": t, "lost": [2, 6], "took": [0, 3], "margin": 1e-7, "explained": t != 130}
+        for t in range(128, 170)
+    ]
+    healthy.diagnosis = {"fault": "sliding window is 129, should be 128", "residual_before": 0.31, "residual_after": 4e-6}
+    healthy.incomplete = ["one reason", "another reason"]
+    return healthy
+
+
+# --- JUnit ------------------------------------------------------------------------------------------------------
+
+
+def cases(report: Report) -> dict[str, ET.Element]:
+    return {
+        f"{case.get('classname')}.{case.get('name')}": case for case in ET.fromstring(junit.render(report)).iter("testcase")
+    }
+
+
+def test_junit_has_a_case_a_tap_and_all_are_good(healthy):
+    found = cases(healthy)
+    named = ["weights", "rope", "final_norm", "logits", "free run", "expert flips", "complete"]
+    inside = [f"check-parity.layer {n}.{name}" for n in range(24) for name in LAYER_TAPS]
+    models = {f"check-parity.{'model.' if name in ('rope', 'final_norm', 'logits') else ''}{name}" for name in named}
+    assert set(found) == {*inside, *models}
+    assert all(len(case) == 0 for case in found.values())
+    suites = ET.fromstring(junit.render(healthy))
+    assert [suites.get(key) for key in ("tests", "failures", "errors", "skipped")] == [str(len(found)), "0", "0", "0"]
+    assert suites[0].attrib == suites.attrib
+    assert {p.get("name"): p.get("value") for p in suites.iter("property")}["verdict"] == "pass"
+
+
+def test_junit_fails_what_diverged_and_errs_on_what_was_not_compared(broken):
+    found = cases(broken)
+    bad = {name: (case[0].tag, case[0].get("message")) for name, case in found.items() if len(case)}
+    assert bad == {
+        "check-parity.weights": ("failure", "not bit-exact: 1 of 25 parameters"),
+        "check-parity.layer 16.attn_core": ("failure", "worst token's relative L2 3.100e-01; only tokens >= 128"),
+        "check-parity.layer 18.attn_core": ("failure", "worst token's relative L2 1.000e+09; all tokens"),
+        "check-parity.layer 20.q": ("error", "the candidate has no such tap"),
+        "check-parity.free run": ("failure", "max |difference of logits| 2.500e+00, bound 2.000e-04"),
+        "check-parity.expert flips": ("failure", "not explained: 1 of 42 expert flips"),
+        "check-parity.precision": ("failure", "more than 3 times as far from float32 as the reference: 1 taps"),
+        "check-parity.complete": ("error", "one reason"),
+    }
+    assert found["check-parity.complete"][0].text == "one reason\nanother reason"
+    assert "port/reference 5.25" in (found["check-parity.layer 16.attn_core"][0].text or "")
+    suites = ET.fromstring(junit.render(broken))
+    assert [suites.get(key) for key in ("failures", "errors", "skipped")] == ["6", "2", "0"]
+
+
+def test_junit_is_never_green_when_nothing_was_computed():
+    found = cases(Report("src", "dst", "gpt-oss", 28, 0, incomplete=["the parameters do not fit"]))
+    assert {name for name, case in found.items() if case.find("error") is not None} == {
+        "check-parity.weights", "check-parity.free run", "check-parity.complete",
+    }  # fmt: skip
+
+
+def test_junit_is_xml_whatever_a_path_holds(healthy):
+    healthy.checkpoint = 'a\x00b\x1b[31m\udcff<&"]]>'
+    values = {p.get("name"): p.get("value") for p in ET.fromstring(junit.render(healthy).encode("utf-8")).iter("property")}
+    assert values["checkpoint"] == 'a\ufffdb\ufffd[31m\ufffd<&"]]>'
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """Elements with their attributes, and the text a person may read."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.elements and self.elements[-1][0] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def with_class(self, name: str) -> list[dict[str, str | None]]:
+        return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
+
+
+def test_the_verdict_comes_first(healthy):
+    found = Page(page.render(healthy))
+    assert "✓ Pass Every parameter is bit-exact" in found.text
+    assert found.text.startswith("Pass · gpt-oss, 24 layers · check-parity")
+    assert "What failed" not in found.text
+
+
+def test_a_failing_page_says_where_what_and_why(broken):
+    text = Page(page.render(broken)).text
+    assert (
+        "✕ Diverged First divergence: layer 16, attn_core Worst token 0.31 , 3,100 times the gate; only tokens"
+        in text.replace("0.31,", "0.31 ,")
+    )
+    assert "Diagnosis: sliding window is 129, should be 128: residual 0.31 → 4.0e-6" in text
+    assert "one reason another reason" in text
+    assert "layers.6.attn.sinks 1 of 64 values differ" in text
+    assert "Expert flips not explained: 1 of 42." in text
+    assert "22 more flips" in text
+    assert "5.25×" in text
+    assert "not finite" in text
+
+
+def test_every_tap_of_every_layer_is_a_cell(broken):
+    found = Page(page.render(broken))
+    labels = [attrs["aria-label"] or "" for attrs in found.with_class("cell") if "aria-label" in attrs]
+    assert [label.split(" · ")[:2] for label in labels] == [[f"layer {n}", name] for n in range(24) for name in LAYER_TAPS]
+    (first,) = (attrs for attrs in found.with_class("first") if "aria-label" in attrs)
+    assert (first["aria-label"] or "").splitlines() == [
+        "layer 16 · attn_core · FAIL", "worst token 0.31 = 3,100 × the gate of 1e-4", "max |Δ| 1.2", "port/reference 5.25×",
+        "only tokens >= 128",
+    ]  # fmt: skip
+    assert first["tabindex"] == "0"
+
+
+def test_failed_and_incomplete_cells_are_told_apart_without_colour(broken):
+    text = page.render(broken)
+    marks = dict(re.findall(r'class="cell (\w+)[^>]*aria-label="layer (?:16 · attn_core|20 · q) [^>]*>(.)', text))
+    assert marks == {"fail": "✕", "incomplete": "?"}
+
+
+@pytest.mark.parametrize("field", ["source", "checkpoint", "model"])
+def test_a_path_cannot_speak_html(healthy, field):
+    evil = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+    text = page.render(dataclasses.replace(healthy, **{field: evil}))
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert evil in Page(text).text
+
+
+def test_names_notes_and_reasons_cannot_speak_html_either(broken):
+    evil = "</script><script>alert(1)</script>\"'><b onmouseover=alert(2)>"
+    broken.weights[3] = Weight(evil, evil)
+    broken.taps[20] = TapResult(1, evil, 1.0, 1.0, "fail", evil)
+    broken.incomplete = [evil]
+    broken.diagnosis["fault"] = evil
+    scripts = [attrs for tag, attrs in Page(page.render(broken)).elements if tag == "script"]
+    assert len(scripts) == 1
+    assert not [attrs for _, attrs in Page(page.render(broken)).elements if "onmouseover" in attrs]
+
+
+def test_a_path_that_is_no_unicode_is_written_all_the_same(healthy, tmp_path):
+    healthy.source = "weights\udcff"
+    (tmp_path / "report.html").write_text(page.render(healthy), encoding="utf-8")
+
+
+def test_the_page_needs_nothing_else(broken):
+    text = page.render(broken)
+    assert not re.search(r"https?:|//[\w.]+/|@import|url\(", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text))
+    for tag, attrs in Page(text).elements:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (tag, attrs.get(name)) in {(tag, None), ("link", "data:,")}
+
+
+def test_the_page_says_its_language_and_heads_its_tables(broken):
+    found = Page(page.render(broken))
+    assert ("html", {"lang": "en"}) in found.elements
+    heads = [attrs for tag, attrs in found.elements if tag == "th"]
+    assert heads
+    assert all(attrs.get("scope") in ("col", "row") for attrs in heads)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (3.14e-7, "3.1e-7"), (1e-4, "1e-4"), (0.6931, "0.693"), (3100.0, "3,100"), (1e9, "not finite"),
+     (float("inf"), "not finite"), (float("nan"), "not finite"), (2.5e5, "2.5e5"), (None, "–")],
+)  # fmt: skip
+def test_numbers_are_short(value, text):
+    assert page.number(value) == text
+
+
+def test_long_prompts_are_gathered_and_the_worst_token_of_each_stretch_shows(healthy):
+    healthy.token_kl = [1e-9] * 1000
+    healthy.token_kl[501] = 0.5
+    bars = [attrs["aria-label"] for tag, attrs in Page(page.render(healthy)).elements if tag == "i" and "aria-label" in attrs]
+    assert len(bars) == 334
+    assert bars[167] == "tokens 501 to 503, worst\nKL 0.5 nats"
+
+
+def nothing_computed() -> Report:
+    report = Report("src", "dst", "gpt-oss", 28, 0, True, weights=[Weight("layers.0.attn.sinks", "missing in the checkpoint")])
+    report.incomplete = ["the parameters do not fit the reference"]
+    return report
+
+
+def test_a_run_in_which_nothing_could_be_computed_has_a_page():
+    assert "First divergence: layer 0, weights layers.0.attn.sinks: missing" in Page(page.render(nothing_computed())).text
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium here: apt-get install chromium")
+        pytest.skip("no Chromium here")
+    return found
+
+
+def load(chromium: str, directory, text: str) -> tuple[str, list[str]]:
+    """The page after its scripts ran, and every line it wrote to the console, errors of the browser's own included."""
+    file = directory / "report.html"
+    file.write_text(text, encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        f"--user-data-dir={directory / 'profile'}",
+    ]
+    run = subprocess.run(
+        [chromium, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
+    return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.parametrize("name", ["healthy", "broken", "nothing"])
+def test_a_browser_opens_it_from_disk_without_a_complaint(chromium, tmp_path, request, name):
+    report = nothing_computed() if name == "nothing" else request.getfixturevalue(name)
+    # The page's own script is asked for the first cell's tooltip; what it shows is read from the document.
+    probe = '<script>document.querySelector("[data-tip]")?.focus()</script></body>'
+    document, complaints = load(chromium, tmp_path, page.render(report).replace("</body>", probe))
+    assert complaints == []
+    assert ("rope" in document) == (name != "nothing")
+    if name != "nothing":
+        assert re.search(r'<div id="tip"[^>]*>layer 0 · attn_norm · ok\nworst token 4.0e-7', document)
+
+
+@pytest.mark.parametrize("fault", ["<script>nowhere()</script>", "<img src='https://example.invalid/a.png'>"])
+def test_the_browser_test_hears_complaints(chromium, tmp_path, healthy, fault):
+    """An error in a script, and a request: the page's own policy forbids every one."""
+    assert load(chromium, tmp_path, page.render(healthy).replace("</body>", f"{fault}</body>"))[1]
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_all_three(tmp_path, sources, checkpoints):
+    files = {form: tmp_path / f"report.{form}" for form in ("json", "junit", "html")}
+    options = [word for form, file in files.items() for word in (f"--{form}", str(file))]
+    result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), *options])
+    assert result.exit_code == 0, result.output
+    assert "✓ Pass" in Page(files["html"].read_text(encoding="utf-8")).text
+    assert ET.parse(files["junit"]).getroot().get("failures") == "0"
+    assert [line for line in result.stderr.splitlines() if line.startswith("report")] == [f"report {f}" for f in files.values()]
+
+
+def test_every_bad_place_is_named_at_once(tmp_path):
+    same = tmp_path / "both"
+    result = CliRunner().invoke(
+        main,
+        [
+            str(tmp_path / "src"),
+            str(tmp_path / "dst"),
+            "--json",
+            str(tmp_path / "no/a"),
+            "--junit",
+            str(same),
+            "--html",
+            str(same),
+        ],
+    )
+    assert result.exit_code == 2
+    assert [line.split(";")[0].split(" (")[0] for line in result.stderr.splitlines()] == [
+        f"error: {tmp_path}/no/a: expected a file in an existing directory",
+        f"error: {same}: expected a file for each report, found --junit and --html here",
+        f"error: {tmp_path}/src: expected a directory of safetensors files, found nothing",
+    ]
+
+
+def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(tmp_path, monkeypatch, healthy):
+    from pathlib import Path
+
+    from oss_model.errors import InputError
+    from parity import cli
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match="could not be written \\(No space left on device\\)"):
+        cli._write(healthy, {"html": tmp_path / "report.html"})
