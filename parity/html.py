@@ -100,15 +100,16 @@ def _first(report: Report) -> dict[str, Any] | None:
 
 
 def _also(report: Report) -> list[str]:
-    """What else makes it fail, of what no first divergence speaks of."""
+    """What else is wrong or worth a warning, of what no first divergence speaks of."""
     found = []
     if unexplained := sum(not flip["explained"] for flip in report.flips):
         found.append(f"Expert flips not explained: {unexplained} of {len(report.flips)}.")
-    if report.precision == "fail":
+    if report.precision in ("warn", "fail"):
         worst = max(report.taps, key=lambda tap: tap.port_over_reference or 0.0)
         where = "" if worst.layer is None else f"layer {worst.layer}, "
         times = number(worst.port_over_reference)
-        found.append(f"Precision: {where}{worst.tap} is {times} times as far from float32 as the reference in the same dtype.")
+        kind = "Precision" if report.precision == "fail" else "A warning of precision"
+        found.append(f"{kind}: {where}{worst.tap} is {times} times as far from float32 as the reference in the same dtype.")
     return found
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import xml.etree.ElementTree as ET
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from oss_model import InputError, Transformer, cache, layers, modeling, moe, mxf
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import candidate as candidate_module
-from parity import compare, comparison, metrics
+from parity import compare, comparison, html, junit, metrics
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.prompts import random_prompt, read_prompt
@@ -371,6 +372,11 @@ def test_the_command_writes_what_the_json_promises(tmp_path, sources, checkpoint
     assert {"max_abs", "kl_mean", "kl_p95", "kl_max", "top1"} <= report["free_run"].keys()
     assert "0-4       all 14 taps" in result.stdout
     assert "PASS" in result.stdout.splitlines()[-1]
+
+
+def test_a_measured_report_has_a_page_and_test_cases(report):
+    assert html.render(report).count('class="cell ok') == len(report.taps)
+    assert ET.fromstring(junit.render(report)).attrib["failures"] == "0"
 
 
 def test_dst_alone_finds_its_source_in_the_manifest(checkpoints):

@@ -155,6 +155,20 @@ def test_a_failing_page_says_where_what_and_why(broken):
     assert "not finite" in text
 
 
+@pytest.mark.parametrize(
+    ("ratio", "says"), [(1.4, ""), (2.0, "A warning of precision: layer 3, q is 2"), (3.5, "Precision: layer 3, q is 3.5")]
+)
+def test_a_port_less_precise_than_the_reference_is_named(healthy, ratio, says):
+    tap = next(tap for tap in healthy.taps if (tap.layer, tap.tap) == (3, "q"))
+    tap.port_over_reference = ratio
+    text = Page(page.render(healthy)).text
+    assert says in text
+    assert ("as far from float32" in text) == bool(says)
+    assert ("✕ Diverged" in text) == (ratio > 3)
+    failed = [name for name, case in cases(healthy).items() if len(case)]
+    assert failed == (["check-parity.precision"] if ratio > 3 else [])
+
+
 def test_every_tap_of_every_layer_is_a_cell(broken):
     found = Page(page.render(broken))
     labels = [attrs["aria-label"] or "" for attrs in found.with_class("cell") if "aria-label" in attrs]
@@ -292,10 +306,11 @@ def test_the_browser_test_hears_complaints(chromium, tmp_path, healthy, fault):
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_all_three(tmp_path, sources, checkpoints):
+def test_the_command_writes_all_three(tmp_path, sources, monkeypatch, healthy):
+    monkeypatch.setattr("parity.comparison.compare", lambda *args, **options: healthy)
     files = {form: tmp_path / f"report.{form}" for form in ("json", "junit", "html")}
     options = [word for form, file in files.items() for word in (f"--{form}", str(file))]
-    result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), *options])
+    result = CliRunner().invoke(main, [str(sources["hf"]), str(tmp_path / "dst"), *options])
     assert result.exit_code == 0, result.output
     assert "✓ Pass" in Page(files["html"].read_text(encoding="utf-8")).text
     assert ET.parse(files["junit"]).getroot().get("failures") == "0"
