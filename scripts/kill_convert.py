@@ -83,7 +83,7 @@ def main() -> int:
     while kills < args.kills:
         fresh, start = not partial.exists(), time.perf_counter()
         process = run()
-        process.join(chance.uniform(0, 0.9 * seconds))
+        process.join(chance.uniform(0, 1.3 * seconds))
         if process.is_alive():
             process.kill()
             process.join()
