@@ -15,7 +15,7 @@ from oss_model.errors import InputError, raise_all
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
-EXPERT_PATHS = ("auto", "scan", "pairs", "ragged")
+EXPERT_PATHS = ("auto", "loop", "scan", "pairs", "ragged")
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 

@@ -6,6 +6,7 @@ restored by plain Orbax when it is its turn, and freed after.
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from flax import nnx
 
 from oss_model import ModelConfig, Transformer, TransformerBlock, init_cache, moe
 from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
-from oss_model.taps import LAYER_TAPS, tapping
+from oss_model.taps import tapping
 from parity.sides import Arrays, Sizes
 
 Parameters = dict[str, jax.Array]
@@ -86,6 +87,7 @@ class Candidate:
         request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(self.path, args=request)
+        gc.collect()  # Orbax leaves the arrays it read in reference cycles: up to a layer's size
         return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
     @functools.cache  # noqa: B019 - a candidate lives as long as its comparison
@@ -98,6 +100,7 @@ class Candidate:
     def _filled(self, module: Module, arrays: Parameters, prefix: str) -> Module:
         """An abstract module of the real model, with these arrays for parameters."""
         graphdef, state = nnx.split(module)
+        state = jax.tree.map(lambda leaf: leaf, state)  # variables of its own: the structure is kept and used again
         for path, variable in nnx.to_flat_state(state):
             variable.set_value(arrays[prefix + parameter_name(path)])
         return nnx.merge(graphdef, state)
@@ -114,10 +117,8 @@ class CandidateLayer:
         return {name: np.asarray(value) for name, value in self.arrays.items()}
 
     def block(self, dtype: Any) -> TransformerBlock:
-        """The real model's block. Every layer of a type is built from the same one, so that jit compiles it once."""
-        types = self.candidate.cfg.layer_types
-        like = self.candidate._model(dtype).layers[types.index(types[self.n])]
-        return self.candidate._filled(like, self.arrays, f"layers.{self.n}.")
+        """The real model's block, with these parameters."""
+        return self.candidate._filled(self.candidate._model(dtype).layers[self.n], self.arrays, f"layers.{self.n}.")
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         """Every tap of the layer, in the dtype of x.
@@ -127,14 +128,16 @@ class CandidateLayer:
           forced: tap -> value to go on with in place of the block's own.
         """
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-        given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced} if forced else {}
-        seen = _run(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), positions, given)
+        seen: dict[str, jax.Array] = {}
+        with tapping(_watch(seen, forced or {})):
+            self.block(x.dtype)(jnp.asarray(x), positions, self.candidate._model(x.dtype).rope(positions))
         return {name: np.asarray(value) for name, value in seen.items()}
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The experts alone, on a routing of one's own: x [tokens, hidden], choice and weights [tokens, k]."""
         mlp = self.block(x.dtype).mlp
-        return np.asarray(_experts(mlp, jnp.asarray(x), jnp.asarray(choice, jnp.int32), jnp.asarray(weights)))
+        routing = jnp.asarray(choice, jnp.int32), jnp.asarray(weights)
+        return np.asarray(moe.experts(jnp.asarray(x), *routing, mlp.gate_up, mlp.down, mlp.cfg))
 
     def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
         """`layer_out` of every token, one at a time on the key-value cache, the routing given.
@@ -143,9 +146,15 @@ class CandidateLayer:
           x: [batch, length, hidden].
           choice: int [batch * length, k].
         """
+        block, rope = self.block(x.dtype), self.candidate._model(x.dtype).rope
         cache = init_cache(self.candidate.cfg, x.shape[0], x.shape[1], x.dtype)[self.n]
-        given = jnp.asarray(choice, jnp.int32).reshape(*x.shape[:2], -1)
-        return np.asarray(_decode(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), given, cache))
+        experts, outs = choice.reshape(*x.shape[:2], -1), []
+        for t in range(x.shape[1]):
+            positions = jnp.full((x.shape[0], 1), t, jnp.int32)
+            with tapping(_watch({}, {"expert_choice": experts[:, t]})):
+                out, cache = block(jnp.asarray(x[:, t : t + 1]), positions, rope(positions), cache)
+            outs.append(np.asarray(out))
+        return np.concatenate(outs, axis=1)
 
 
 def _watch(seen: dict[str, jax.Array], forced: Mapping[str, jax.Array] | Arrays):
@@ -158,29 +167,3 @@ def _watch(seen: dict[str, jax.Array], forced: Mapping[str, jax.Array] | Arrays)
         return jnp.asarray(forced[name]).reshape(value.shape).astype(value.dtype)
 
     return hook
-
-
-@nnx.jit
-def _run(block: TransformerBlock, rope, x, positions, forced):
-    seen: dict[str, jax.Array] = {}
-    with tapping(_watch(seen, forced)):
-        block(x, positions, rope(positions))
-    return seen
-
-
-@nnx.jit
-def _experts(mlp, x, choice, weights):
-    return moe.experts(x, choice, weights, mlp.gate_up, mlp.down, mlp.cfg)
-
-
-@nnx.jit
-def _decode(block: TransformerBlock, rope, x, choice, cache):
-    def step(cache, token):
-        position, one, experts = token
-        positions = jnp.broadcast_to(position, (one.shape[0], 1))
-        with tapping(_watch({}, {"expert_choice": experts})):
-            out, cache = block(one[:, None], positions, rope(positions), cache)
-        return cache, out[:, 0]
-
-    along = (jnp.arange(x.shape[1], dtype=jnp.int32), x.swapaxes(0, 1), choice.swapaxes(0, 1))
-    return jax.lax.scan(step, cache, along)[1].swapaxes(0, 1)

@@ -145,13 +145,14 @@ class ReferenceLayer:
 
     def __init__(self, reference: Reference, n: int):
         self.n, self.config, self.rotary = n, reference.config, reference.rotary
-        self.stored = reference.stored_layer(n)
-        self.decoded = _decode(self.stored)
+        self.reference = reference
+        self.decoded = _decode(reference.stored_layer(n))
 
     def parameters(self, packed: bool) -> Iterator[Expected]:
         """The layer's parameters as an Orbax checkpoint of ours names and lays them out; experts packed if asked."""
-        packed = packed and "mlp.experts.gate_up_proj_blocks" in self.stored
-        for name, tensor in as_in_orbax(self.config, self.n, self.stored if packed else self.decoded):
+        # The packed bytes are read again where they are asked for, rather than kept beside the decoded ones.
+        tensors = self.reference.stored_layer(self.n) if packed else self.decoded
+        for name, tensor in as_in_orbax(self.config, self.n, tensors):
             yield _expected(name, tensor)
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:

@@ -104,7 +104,9 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
 
     seen = watch(create_model_from_checkpoint(checkpoints["bfloat16"], cfg), prompt)
     for (n, name), value in found.items():
-        np.testing.assert_allclose(value, seen[f"{n} {name}"], atol=3e-5, err_msg=f"layer {n} {name}")
+        shape = (*prompt.shape, -1)
+        error = metrics.token_rel_l2(value.reshape(shape), np.asarray(seen[f"{n} {name}"]).reshape(shape)).max()
+        assert error < 2e-5, (n, name, error)  # noise of five layers, sums in another order
 
 
 @pytest.mark.parametrize("side", ["reference", "candidate"])
@@ -346,6 +348,13 @@ def test_what_is_not_a_number_is_never_right(poison):
 def test_kl_by_hand():
     want, got = np.log([[[0.5, 0.5]]]), np.log([[[0.25, 0.75]]])
     assert metrics.kl(want, got)[0, 0] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+
+
+def test_what_is_no_noise_explains_no_flip():
+    """Router logits that are wrong by half: the margin is within four times that, and still it is a fault."""
+    want = np.array([[3.0, 2.0, 1.0, 0.0]])
+    (flip,) = metrics.flips(want, np.array([[0, 1]]), np.array([[3.0, 1.0, 2.0, 0.0]]), np.array([[0, 2]]))
+    assert not flip["explained"]
 
 
 def test_a_flip_is_explained_by_a_margin_within_the_noise():
