@@ -15,7 +15,6 @@ from converter.destination import Destination
 from converter.errors import Different, Incomplete
 from converter.journal import Hashes, Journal
 from converter.manifest import fingerprint, make_manifest
-from converter.memory import peak_rss
 from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
 from converter.source import companions, open_source
@@ -25,6 +24,7 @@ from converter.verify import check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError
+from oss_model.memory import peak_rss
 from oss_model.shards import Checkpoint
 
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from converter.chunks import PIECE_BYTES, Reader
-from converter.memory import rss
 from converter.plan import Chunk, Plan, Target
 from converter.threads import WORKERS
 from oss_model.errors import InputError
+from oss_model.memory import rss
 from oss_model.shards import Checkpoint
 
 SLACK_BYTES = 48 << 20  # what allocators and libraries keep, measured on 20b and 120b sizes

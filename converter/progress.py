@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from converter.memory import rss
+from oss_model.memory import rss
 
 if TYPE_CHECKING:
     from converter.conversion import Progress

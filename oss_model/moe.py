@@ -108,13 +108,13 @@ def _loop(x, choice, weights, gate_up, down, cfg: ModelConfig):
     One expert's values in memory at a time, and experts / k times less work than `_scan`. Experts are cut out by NumPy,
     on the same bytes: XLA on CPU slices bfloat16 by way of the whole array in float32.
     """
-    chosen = np.asarray(choice)
+    chosen, weighed = np.asarray(choice), np.asarray(weights)
     gate_up, down = ({name: np.asarray(array) for name, array in stored.items()} for stored in (gate_up, down))
     total = jnp.zeros(x.shape, jnp.float32)
     for e in np.unique(chosen):
         token, slot = np.nonzero(chosen == e)
         room = -len(token) % min(64, x.shape[0])  # a few lengths to compile for; the rest has weight zero
-        rows, weight = jnp.asarray(np.pad(token, (0, room))), jnp.pad(weights[token, slot], (0, room))
+        rows, weight = (jnp.asarray(np.pad(a, (0, room))) for a in (token, weighed[token, slot]))
         w1, w2 = ({name: jnp.asarray(array[e]) for name, array in stored.items()} for stored in (gate_up, down))
         total = _add_expert(total, x, rows, weight, w1, w2, cfg)
     return total.astype(x.dtype)

@@ -19,9 +19,10 @@ from flax import nnx
 
 from oss_model import ModelConfig, Transformer, TransformerBlock, init_cache, moe
 from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
-from oss_model.taps import tapping
+from oss_model.taps import LAYER_TAPS, tapping
 from parity.sides import Arrays, Sizes
 
+LARGE = 1 << 30  # bytes of one layer's experts in float32
 Parameters = dict[str, jax.Array]
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -41,6 +42,8 @@ class Candidate:
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
         self.cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        # Compiled, a layer's experts are all in memory as float32 at once (`moe._loop` says why): past this, eagerly.
+        self.large = self.cfg.num_experts * 3 * self.cfg.hidden_size * self.cfg.intermediate_size * 4 > LARGE
 
     @property
     def sizes(self) -> Sizes:
@@ -87,7 +90,8 @@ class Candidate:
         request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(self.path, args=request)
-        gc.collect()  # Orbax leaves the arrays it read in reference cycles: up to a layer's size
+        if self.large:
+            gc.collect()  # Orbax leaves the arrays it read in reference cycles: up to a layer's size
         return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
     @functools.cache  # noqa: B019 - a candidate lives as long as its comparison
@@ -117,8 +121,10 @@ class CandidateLayer:
         return {name: np.asarray(value) for name, value in self.arrays.items()}
 
     def block(self, dtype: Any) -> TransformerBlock:
-        """The real model's block, with these parameters."""
-        return self.candidate._filled(self.candidate._model(dtype).layers[self.n], self.arrays, f"layers.{self.n}.")
+        """The real model's block. Every layer of a type is built from the same one, so that jit compiles it once."""
+        types = self.candidate.cfg.layer_types
+        like = self.candidate._model(dtype).layers[types.index(types[self.n])]
+        return self.candidate._filled(like, self.arrays, f"layers.{self.n}.")
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         """Every tap of the layer, in the dtype of x.
@@ -128,9 +134,9 @@ class CandidateLayer:
           forced: tap -> value to go on with in place of the block's own.
         """
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-        seen: dict[str, jax.Array] = {}
-        with tapping(_watch(seen, forced or {})):
-            self.block(x.dtype)(jnp.asarray(x), positions, self.candidate._model(x.dtype).rope(positions))
+        run = _run if self.candidate.large else _run_compiled
+        given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced} if forced else {}
+        seen = run(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), positions, given)
         return {name: np.asarray(value) for name, value in seen.items()}
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -155,6 +161,16 @@ class CandidateLayer:
                 out, cache = block(jnp.asarray(x[:, t : t + 1]), positions, rope(positions), cache)
             outs.append(np.asarray(out))
         return np.concatenate(outs, axis=1)
+
+
+def _run(block: TransformerBlock, rope, x, positions, forced):
+    seen: dict[str, jax.Array] = {}
+    with tapping(_watch(seen, forced)):
+        block(x, positions, rope(positions))
+    return seen
+
+
+_run_compiled = nnx.jit(_run)
 
 
 def _watch(seen: dict[str, jax.Array], forced: Mapping[str, jax.Array] | Arrays):

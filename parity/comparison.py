@@ -8,7 +8,6 @@ from layer to layer. Decode: a token at a time on the key-value cache. Bounds an
 
 import dataclasses
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity import metrics
 from parity.prompts import Prompt, random_prompt
@@ -81,7 +81,7 @@ def compare(
         )
     _Run(port, oracle, report, prompt, dtype == "bfloat16", decode, progress).whole()
     report.seconds = time.monotonic() - start
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss()
     return report
 
 

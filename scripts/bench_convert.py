@@ -113,7 +113,7 @@ def child(way: str, source: Path, out: Path, nbytes: int) -> None:
     """One measurement, in this process: prints seconds, CPU seconds, peak memory above the imports."""
     import importlib
 
-    from converter.memory import peak_rss, rss
+    from oss_model.memory import peak_rss, rss
 
     function, modules = WAYS[way]
     for module in modules:
