@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from parity.recording import Recording
     from parity.report import Report
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,11 +35,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="bfloat16 adds the precision arm: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
 )
 @click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
+@click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
+@click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
-def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None, **options):
+def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None, golden: Path | None, **options):
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
     SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
@@ -64,8 +68,9 @@ def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None,
     try:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                pair = _pair(source, checkpoint, Path(scratch))
-                Checkpoint(pair[0]).shards.close()  # only to name what is wrong with it; the reference reads it by itself
+                pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
+                if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
+                    Checkpoint(pair[0]).shards.close()
             except InputError as e:
                 raise InputError(*faults, *e.faults) from None
             raise_all(faults)
@@ -105,7 +110,17 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     return source, scratch / "checkpoint"
 
 
-def _compare(source: Path, checkpoint: Path, prompt_file: Path | None, options: dict) -> "Report":
+def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tuple[Recording, Path]":
+    from oss_model.errors import InputError
+    from parity.recording import Recording
+
+    given = [path for path in (source, checkpoint) if path is not None]
+    if len(given) != 1:
+        raise InputError(f"--golden {golden}: expected DST alone beside it, found {len(given)} directories")
+    return Recording(golden), given[0]
+
+
+def _need_torch() -> None:
     from oss_model.errors import InputError
 
     try:
@@ -114,6 +129,11 @@ def _compare(source: Path, checkpoint: Path, prompt_file: Path | None, options: 
     except ImportError as e:
         raise InputError(f"check-parity needs PyTorch and transformers ({e}); pip install 'convert-oss[parity]'") from None
     transformers.logging.set_verbosity_error()
+
+
+def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | None, options: dict) -> "Report":
+    if isinstance(source, Path):
+        _need_torch()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -122,8 +142,9 @@ def _compare(source: Path, checkpoint: Path, prompt_file: Path | None, options: 
     from parity.prompts import read_prompt
 
     if prompt_file is not None:
-        vocab = ModelConfig.from_json(source / "config.json").vocab_size
-        options["prompt"] = read_prompt(prompt_file, vocab, source / "tokenizer.json")
+        home = source if isinstance(source, Path) else checkpoint
+        vocab = ModelConfig.from_json(home / "config.json").vocab_size
+        options["prompt"] = read_prompt(prompt_file, vocab, home / "tokenizer.json")
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -10,16 +10,19 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from oss_model.errors import raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity import metrics
 from parity.prompts import Prompt, random_prompt
+from parity.recording import Recorder, Recording
 from parity.report import Report, TapResult, Weight
 from parity.sides import Arrays, Expected, Layer, Oracle, OracleLayer, Port
 
@@ -37,6 +40,7 @@ def compare(
     prompt: Prompt | None = None,
     dtype: str = "float32",
     decode: bool = False,
+    record: str | Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:
     """Compare a model with the safetensors it was made from.
@@ -49,6 +53,7 @@ def compare(
       seed: of the random prompt.
       prompt: to use in place of a random one.
       dtype: "bfloat16" adds the precision arm and a free run in bfloat16; what is judged otherwise is always float32.
+      record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       progress: called with (layers done, layers in all, what is being done).
 
@@ -69,8 +74,13 @@ def compare(
     else:
         oracle = source
     window = oracle.sizes.window
+    if isinstance(oracle, Recording):
+        _check_recording(oracle, port, dtype)
+        prompt = oracle.prompt if prompt is None and tokens is None else prompt
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
+    if record is not None:
+        oracle = Recorder(oracle, record, prompt, {"source": str(source), "dtype": "float32", "versions": _versions()})
     longest = int(prompt.valid.sum(axis=1).max())
     names = str(getattr(source, "source", source)), str(getattr(checkpoint, "path", checkpoint))
     report = Report(*names, _title(oracle), longest, seed, layers, dtype)
@@ -80,6 +90,8 @@ def compare(
             f" use --tokens {2 * window}"
         )
     _Run(port, oracle, report, prompt, dtype == "bfloat16", decode, progress).whole()
+    if isinstance(oracle, Recorder):
+        oracle.finish()
     report.seconds = time.monotonic() - start
     report.peak_rss_bytes = peak_rss()
     return report
@@ -149,7 +161,7 @@ class _Run:
     def weights(self, expected: Iterable[Expected], read: Callable[[list[str]], Arrays]) -> bool:
         """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
         fits = True
-        for name, shape, differs in expected if self.port.stored else ():
+        for name, shape, differs, _ in expected if self.port.stored else ():
             found = self.port.stored.get(name)
             if found is None:
                 note = "missing in the checkpoint"
@@ -310,8 +322,7 @@ class _Run:
         self.report.flips += [{"layer": n} | flip for flip in found if self.prompt.valid.reshape(-1)[flip["token"]]]
 
     def rope(self) -> None:
-        """cos and sin at every position the model may see, not only the prompt's."""
-        positions = np.arange(self.oracle.sizes.max_positions)
+        positions = self.oracle.rope_positions
         inv_freq, *want = self.oracle.rope_tables(positions)
         got = self.port.rope_tables(positions)
         angle = positions[:, None] * inv_freq[None]
@@ -320,6 +331,21 @@ class _Run:
         verdict = "ok" if worst <= metrics.ROPE_GATE else "fail"
         note = f"cos and sin up to position {positions[-1]}"
         self.report.taps.append(TapResult(None, "rope", worst, float(metrics.finite(error).max()), verdict, note))
+
+
+def _check_recording(recording: Recording, port: Port, dtype: str) -> None:
+    faults = []
+    if recording.sizes != port.sizes and recording.sizes.layers != port.sizes.layers:
+        faults.append(f"{recording.directory}: recorded of another model: {recording.sizes}, the checkpoint has {port.sizes}")
+    if dtype != recording.manifest["dtype"]:
+        faults.append(
+            f"{recording.directory}: recorded in {recording.manifest['dtype']}; --dtype {dtype} needs SRC and PyTorch"
+        )
+    raise_all(faults)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "numpy")}
 
 
 def _which_tokens(bad) -> str:

@@ -73,6 +73,11 @@ class Reference:
         window, positions = int(c.sliding_window or 0), c.max_position_embeddings
         return Sizes(c.num_hidden_layers, c.num_local_experts, c.vocab_size, window, positions)
 
+    @property
+    def rope_positions(self) -> np.ndarray:
+        """Every position the model may see, not only the prompt's."""
+        return np.arange(self.config.max_position_embeddings)
+
     # --- tensors, as transformers names and stores them --------------------------------------------------------
 
     def _get(self, name: str) -> torch.Tensor:
@@ -290,7 +295,7 @@ def to_numpy(t: torch.Tensor) -> np.ndarray:
 
 
 def _expected(name: str, want: torch.Tensor) -> Expected:
-    return Expected(name, tuple(want.shape), lambda got: _difference(want, got))
+    return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want))
 
 
 def _difference(want: torch.Tensor, got: np.ndarray) -> str:

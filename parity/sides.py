@@ -27,6 +27,7 @@ class Expected(NamedTuple):
     name: str
     shape: tuple[int, ...]
     differs: Callable[[np.ndarray], str]
+    value: Callable[[], np.ndarray]
 
 
 class Layer(Protocol):
@@ -70,6 +71,8 @@ class Oracle(Protocol):
 
     @property
     def sizes(self) -> Sizes: ...
+    @property
+    def rope_positions(self) -> np.ndarray: ...
     def first_parameters(self) -> Iterable[Expected]: ...
     def last_parameters(self) -> Iterable[Expected]: ...
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray: ...

@@ -1,0 +1,200 @@
+"""What the reference said, written down once, to be compared with later on a machine without PyTorch.
+
+A recording is a directory of safetensors files (the prompt, the RoPE tables, the embedding, one a layer, the logits)
+and a `manifest.json`, written last, that says of which source, sizes, dtype and versions, with a hash a parameter. It
+stands in for `parity.reference` in the weights, semantics and free-run arms; the precision arm needs PyTorch itself.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import xxhash
+from safetensors.numpy import load_file, save_file
+
+from oss_model.errors import InputError
+from oss_model.taps import LAYER_TAPS
+from parity.prompts import Prompt
+from parity.sides import Arrays, Expected, Oracle, OracleLayer, Sizes
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROPE_STRIDE = 61  # every position would be 34 MB
+
+
+def digest(array: np.ndarray) -> str:
+    """xxh3_128 of a parameter's bytes. float32 that holds nothing but bfloat16 values counts as those."""
+    hasher = xxhash.xxh3_128()
+    for rows in array:
+        if rows.dtype == np.float32 and not (np.atleast_1d(rows).view(np.uint32) & 0xFFFF).any():
+            rows = rows.astype(ml_dtypes.bfloat16)
+        hasher.update(np.ascontiguousarray(rows).view(np.uint8).data)
+    return hasher.hexdigest()
+
+
+class Recorder:
+    """The reference, with everything it says written to `directory` as it says it.
+
+    Raises:
+      InputError: if the directory holds something already.
+    """
+
+    def __init__(self, oracle: Oracle, directory: str | Path, prompt: Prompt, described: dict[str, Any]):
+        self.oracle, self.directory, self.described = oracle, Path(directory), described
+        self.source = getattr(oracle, "source", None)
+        if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise InputError(f"{directory}: expected a new or empty directory for a recording, found something; remove it")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.hashes: dict[str, dict[str, Any]] = {}
+        self.write("prompt", {"tokens": prompt.tokens, "valid": prompt.valid})
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.directory / f"{name}.safetensors")
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.oracle.sizes
+
+    @property
+    def rope_positions(self) -> np.ndarray:
+        last = self.sizes.max_positions - 1
+        return np.unique(np.append(np.arange(0, last, ROPE_STRIDE), last))
+
+    def noting(self, expected: Iterable[Expected]) -> Iterator[Expected]:
+        for one in expected:
+            self.hashes[one.name] = {"shape": list(one.shape), "hash": digest(one.value())}
+            yield one
+
+    def first_parameters(self) -> Iterator[Expected]:
+        return self.noting(self.oracle.first_parameters())
+
+    def last_parameters(self) -> Iterator[Expected]:
+        return self.noting(self.oracle.last_parameters())
+
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        found = self.oracle.embed(tokens, dtype)
+        self.write("embedding", {"embedding": found})
+        return found
+
+    def layer(self, n: int) -> "_RecordedLayer":
+        return _RecordedLayer(self, n)
+
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        found = self.oracle.unembed(x, forced)
+        self.write("logits", found)
+        return found
+
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        inv_freq, cos, sin = self.oracle.rope_tables(positions)
+        self.write("rope", {"positions": positions, "inv_freq": inv_freq, "cos": cos, "sin": sin})
+        return inv_freq, cos, sin
+
+    def finish(self) -> None:
+        """Without this the recording has no manifest, and is refused."""
+        manifest = {"format": FORMAT, **self.described, "sizes": self.sizes._asdict(), "parameters": self.hashes}
+        (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+class _RecordedLayer:
+    def __init__(self, recorder: Recorder, n: int):
+        self.recorder, self.n, self.inner = recorder, n, recorder.oracle.layer(n)
+
+    def parameters(self, packed: bool) -> Iterator[Expected]:
+        """Hashes of both the decoded and the packed form: the checkpoint compared later may hold either."""
+        for _ in self.recorder.noting(self.inner.parameters(not packed)):
+            pass
+        return self.recorder.noting(self.inner.parameters(packed))
+
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        found = self.inner.run(x, forced)
+        # The residual stream is the sum of what is written: one tap less a layer keeps 20b below 1 GiB.
+        self.recorder.write(f"layer-{self.n:03d}", {name: found[name] for name in LAYER_TAPS if name != "layer_out"})
+        return found
+
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        found = self.inner.experts(x, choice, weights)
+        self.recorder.write(f"direct-{self.n:03d}", {"direct": found})
+        return found
+
+
+class Recording:
+    """A finished recording, in the place of the reference.
+
+    Raises:
+      InputError: if the directory is no finished recording of this format.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        try:
+            self.manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest["format"] != FORMAT:
+                raise InputError(f"{directory}: expected a recording of format {FORMAT}, found {self.manifest['format']!r}")
+            self.sizes = Sizes(**self.manifest["sizes"])
+            self.source = self.manifest["source"]
+            self.prompt = Prompt(**self.read("prompt"))
+            self.rope_positions = self.read("rope")["positions"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(f"{directory}: expected a finished recording, found none ({e}); make one with --record") from None
+
+    def read(self, name: str) -> Arrays:
+        return load_file(self.directory / f"{name}.safetensors")
+
+    def _expected(self, belongs) -> Iterator[Expected]:
+        for name, noted in self.manifest["parameters"].items():
+            if belongs(name):
+                yield Expected(name, tuple(noted["shape"]), _against(noted["hash"]), _no_value)
+
+    def first_parameters(self) -> Iterator[Expected]:
+        return self._expected(lambda name: name.startswith("embedding."))
+
+    def last_parameters(self) -> Iterator[Expected]:
+        return self._expected(lambda name: not name.startswith(("embedding.", "layers.")))
+
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        if not np.array_equal(tokens, self.prompt.tokens):
+            raise InputError(f"{self.directory}: recorded for another prompt; leave --tokens, --seed and --prompt-file out")
+        return self.read("embedding")["embedding"]
+
+    def layer(self, n: int) -> OracleLayer:
+        return _ReplayedLayer(self, n)
+
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        return self.read("logits")
+
+    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tables = self.read("rope")
+        return tables["inv_freq"], tables["cos"], tables["sin"]
+
+
+class _ReplayedLayer:
+    def __init__(self, recording: Recording, n: int):
+        self.recording, self.n = recording, n
+
+    def parameters(self, packed: bool) -> Iterator[Expected]:
+        other = (".weight",) if packed else (".blocks", ".scales")
+        experts = tuple(f"layers.{self.n}.mlp.{name}{leaf}" for name in ("gate_up", "down") for leaf in other)
+        known = self.recording.manifest["parameters"]
+        if packed and f"layers.{self.n}.mlp.gate_up.blocks" not in known:
+            experts = ()
+        return self.recording._expected(lambda name: name.startswith(f"layers.{self.n}.") and name not in experts)
+
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        taps = self.recording.read(f"layer-{self.n:03d}")
+        return taps | {"layer_out": x + taps["attn_out"] + taps["mlp_out"]}  # in float32, in the reference's order
+
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return self.recording.read(f"direct-{self.n:03d}")["direct"]
+
+
+def _against(recorded: str):
+    return lambda got: "" if digest(got) == recorded else f"differs from the recorded one (xxh3_128 {recorded})"
+
+
+def _no_value() -> np.ndarray:
+    raise ValueError("a recording has hashes of parameters, not their values")

@@ -1,0 +1,122 @@
+"""A recording says what the reference said, on a machine without PyTorch, and refuses to be used for anything else."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from converter import convert
+from oss_model import InputError
+from oss_model.synthetic import write_checkpoint
+from parity import compare
+from parity.cli import main
+from parity.recording import Recording, digest
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, sources, checkpoints):
+    """The directory, and the report of the run that recorded it."""
+    directory = tmp_path_factory.mktemp("recordings") / "recording"
+    return directory, compare(sources["hf"], checkpoints["bfloat16"], record=directory)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "mxfp4"])
+def test_a_recording_gives_the_same_verdict_and_numbers(recorded, checkpoints, dtype):
+    directory, live = recorded
+    report = compare(Recording(directory), checkpoints[dtype])
+    assert report.verdict == "pass"
+    assert len(report.weights) == (98 if dtype == "mxfp4" else 88)
+    if dtype == "bfloat16":
+        assert [tap for tap in report.taps if tap.tap != "rope"] == [tap for tap in live.taps if tap.tap != "rope"]
+        assert report.free_run == live.free_run
+        assert report.source == live.source
+
+
+def test_the_sum_that_is_not_recorded_is_bitwise_the_references(recorded, sources):
+    from parity.reference import Reference
+
+    reference, recording = Reference(sources["hf"]), Recording(recorded[0])
+    x = recording.embed(recording.prompt.tokens, np.dtype(np.float32))
+    for n in range(5):
+        want = reference.layer(n).run(x)["layer_out"]
+        x = recording.layer(n).run(x)["layer_out"]
+        np.testing.assert_array_equal(x, want)
+
+
+def test_a_flipped_bit_is_named_without_the_source(tmp_path, recorded, checkpoints):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as plain:
+        tree = plain.restore(checkpoints["bfloat16"])
+        value = np.array(tree["layers"]["2"]["attn"]["sinks"]["value"])
+        value.view(np.uint8)[0] ^= 1
+        tree["layers"]["2"]["attn"]["sinks"]["value"] = value
+        plain.save(tmp_path / "broken", tree)
+    shutil.copy(checkpoints["bfloat16"] / "config.json", tmp_path / "broken")
+    report = compare(Recording(recorded[0]), tmp_path / "broken", layers=False)
+    assert [weight.name for weight in report.weights if weight.note] == ["layers.2.attn.sinks"]
+    assert report.exit_code == 1
+
+
+def test_a_wrong_window_is_found_by_a_recording(tmp_path, recorded, checkpoints):
+    shutil.copytree(checkpoints["bfloat16"], tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text()) | {"sliding_window": 12}
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    assert compare(Recording(recorded[0]), tmp_path / "wrong").first_divergence == {"layer": 0, "tap": "attn_core"}
+
+
+def test_it_runs_where_there_is_no_torch(recorded, checkpoints, tmp_path):
+    code = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, NoTorch())
+from parity.cli import main
+main()
+"""
+    arguments = [str(checkpoints["bfloat16"]), "--golden", str(recorded[0]), "--layers"]
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].startswith("PASS")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{dst}", "--golden", "{tmp}"], "error: {tmp}: expected a finished recording, found none"),
+        (["{src}", "{dst}", "--golden", "{rec}"], "error: --golden {rec}: expected DST alone beside it, found 2 directories"),
+        (
+            ["{dst}", "--golden", "{rec}", "--dtype", "bfloat16"],
+            "error: {rec}: recorded in float32; --dtype bfloat16 needs",
+        ),
+        (["{dst}", "--golden", "{rec}", "--tokens", "30"], "error: {rec}: recorded for another prompt"),
+        (["{src}", "{dst}", "--record", "{rec}"], "error: {rec}: expected a new or empty directory for a recording"),
+    ],
+)
+def test_what_a_recording_is_not_for(tmp_path, recorded, sources, checkpoints, arguments, message):
+    places = {"tmp": tmp_path, "src": sources["hf"], "dst": checkpoints["bfloat16"], "rec": recorded[0]}
+    result = CliRunner().invoke(main, [argument.format(**places) for argument in arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message.format(**places)), result.stderr
+
+
+def test_a_recording_of_another_model_is_refused(tmp_path, recorded, cfg):
+    convert(write_checkpoint(tmp_path / "s", dataclasses.replace(cfg, num_hidden_layers=3, layer_types=())), tmp_path / "d")
+    with pytest.raises(InputError, match="recorded of another model"):
+        compare(Recording(recorded[0]), tmp_path / "d")
+
+
+def test_a_digest_does_not_care_how_a_bfloat16_is_held():
+    import ml_dtypes
+
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert digest(values) == digest(values.astype(ml_dtypes.bfloat16))
+    assert digest(values + np.float32(1e-5)) != digest(values)
+    assert digest(-np.zeros((2, 2), np.float32)) != digest(np.zeros((2, 2), np.float32))
