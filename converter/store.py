@@ -63,7 +63,7 @@ class Store:
                 _write(fd, data.data)
             _write(fd, memoryview(crc.to_bytes(CHECKSUM_BYTES, "little")))
             # Starts the disk on these pages, without waiting for it: the fsync at the end then finds little to do.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            advise(fd, "DONTNEED")
         finally:
             os.close(fd)
         return digest.digest()
@@ -131,6 +131,12 @@ def write_file(path: Path, data: bytes, durable: bool = False) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+def advise(fd: int, advice: str) -> None:
+    """Tell the kernel what is to come of a file's pages; nothing where it takes no such hints (macOS)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-WORKERS = max(2, min(8, len(os.sched_getaffinity(0))))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2  # macOS has no affinity
+WORKERS = max(2, min(8, CORES))
 
 
 def in_threads(

@@ -10,7 +10,7 @@ import xxhash
 
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import CHECKSUM_BYTES, Chunk
-from converter.store import crc32c
+from converter.store import advise, crc32c
 
 AGAIN = "convert again"
 
@@ -59,8 +59,8 @@ def from_disk(directory: Path, chunks: list[Chunk], ahead: int = 2) -> Iterator[
         if number < len(chunks):
             with contextlib.suppress(OSError):  # a missing file is for `check_chunk` to report
                 fd = os.open(directory / chunks[number].path, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # forgets what is in memory and on the disk
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)  # starts reading
+                advise(fd, "DONTNEED")  # forgets what is in memory and on the disk
+                advise(fd, "WILLNEED")  # starts reading
                 os.close(fd)
         if number >= ahead:
             yield chunks[number - ahead]

@@ -42,6 +42,7 @@ class Candidate:
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
         self.cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        self.packed = self.cfg.param_dtype == "mxfp4"
         # Compiled, a layer's experts are all in memory as float32 at once (`moe._loop` says why): past this, eagerly.
         self.large = self.cfg.num_experts * 3 * self.cfg.hidden_size * self.cfg.intermediate_size * 4 > LARGE
 

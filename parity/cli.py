@@ -35,6 +35,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
     help="bfloat16 adds the precision arm: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
 )
 @click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
+@click.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")

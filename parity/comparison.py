@@ -40,6 +40,7 @@ def compare(
     prompt: Prompt | None = None,
     dtype: str = "float32",
     decode: bool = False,
+    gradients: bool = False,
     record: str | Path | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:
@@ -53,6 +54,7 @@ def compare(
       seed: of the random prompt.
       prompt: to use in place of a random one.
       dtype: "bfloat16" adds the precision arm and a free run in bfloat16; what is judged otherwise is always float32.
+      gradients: also compare every parameter's gradient, of models that fit in memory whole.
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       progress: called with (layers done, layers in all, what is being done).
@@ -73,9 +75,13 @@ def compare(
         oracle: Oracle = Reference(source)
     else:
         oracle = source
+    if gradients and not isinstance(oracle, Recording):
+        from parity.gradients import check_memory
+
+        check_memory(port)  # type: ignore[arg-type]
     window = oracle.sizes.window
     if isinstance(oracle, Recording):
-        _check_recording(oracle, port, dtype)
+        _check_recording(oracle, port, dtype, gradients)
         prompt = oracle.prompt if prompt is None and tokens is None else prompt
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
@@ -90,6 +96,11 @@ def compare(
             f" use --tokens {2 * window}"
         )
     _Run(port, oracle, report, prompt, dtype == "bfloat16", decode, progress).whole()
+    if gradients and report.free_run is not None:
+        from parity.gradients import compare_gradients
+
+        reference = oracle.oracle if isinstance(oracle, Recorder) else oracle
+        report.gradients = compare_gradients(reference, port, prompt.tokens[:1, : int(prompt.valid[0].sum())])  # type: ignore
     if isinstance(oracle, Recorder):
         oracle.finish()
     report.seconds = time.monotonic() - start
@@ -333,10 +344,12 @@ class _Run:
         self.report.taps.append(TapResult(None, "rope", worst, float(metrics.finite(error).max()), verdict, note))
 
 
-def _check_recording(recording: Recording, port: Port, dtype: str) -> None:
+def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bool) -> None:
     faults = []
     if recording.sizes != port.sizes and recording.sizes.layers != port.sizes.layers:
         faults.append(f"{recording.directory}: recorded of another model: {recording.sizes}, the checkpoint has {port.sizes}")
+    if gradients:
+        faults.append(f"{recording.directory}: recorded without gradients; --gradients needs SRC and PyTorch")
     if dtype != recording.manifest["dtype"]:
         faults.append(
             f"{recording.directory}: recorded in {recording.manifest['dtype']}; --dtype {dtype} needs SRC and PyTorch"

@@ -23,6 +23,9 @@ FLIP_NOISE = 1e-3
 # The precision arm: the port's bfloat16 error over the reference's own. Up to the first is fine, up to the second a
 # warning; beyond it rounding is not the explanation.
 PRECISION_WARN, PRECISION_FAIL = 1.5, 3.0
+# A parameter's gradient, relative L2, float32. Right ports measure up to 2e-4, and 2e-3 for biases of keys: those shift
+# all of a query's logits but the sink's alike, so their gradient is a small difference of large terms.
+GRADIENT_GATE = 1e-2
 WORST = 1e9  # stands for infinity and for what is no number at all: JSON has neither
 
 

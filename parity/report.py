@@ -56,6 +56,7 @@ class Report:
     growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "replayed", "own"}: worst token
     # of the residual stream after each layer of the free run, relative L2
     token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
+    gradients: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "relative_l2", "verdict"}
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after"}: the mistake that explains it
     incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
@@ -68,7 +69,8 @@ class Report:
         bad_taps = any(tap.verdict == "fail" for tap in self.taps)
         bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
         bad_flips = any(not flip["explained"] for flip in self.flips)
-        if bad_weights or bad_taps or bad_run or bad_flips or self.precision == "fail":
+        bad_gradients = any(gradient["verdict"] == "fail" for gradient in self.gradients)
+        if bad_weights or bad_taps or bad_run or bad_flips or bad_gradients or self.precision == "fail":
             return "fail"
         return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
 
@@ -115,6 +117,7 @@ class Report:
             "free_run": self.free_run,
             "growth": self.growth,
             "token_kl": self.token_kl,
+            "gradients": self.gradients,
             "flips": self.flips,
             "incomplete": self.incomplete,
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -150,6 +153,11 @@ def _table(report: Report) -> Iterable[str]:
         yield f"precision in bfloat16: at most {worst.port_over_reference:.2f} times the reference's error, {where}   {verdict}"
     if report.free_run is not None:
         yield from _free_run_rows(report)
+    if report.gradients:
+        worst = max(report.gradients, key=lambda gradient: gradient["relative_l2"])
+        bad = [gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"]
+        verdict = f"FAIL: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}" if bad else "ok"
+        yield f"gradients  {len(report.gradients)} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {verdict}"
     for reason in report.incomplete:
         yield f"incomplete: {reason}"
     where = report.first_divergence

@@ -163,9 +163,8 @@ def bench(work: Path, size_name: str, layers: int, repeats: int, ways: list[str]
             print(f"{layers} layers, round {number + 1}, {way}: {found['seconds']:.2f} s", file=sys.stderr)
     remove(out)
     medians = {way: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for way, runs in rounds.items()}
-    bounds = {
-        way: medians.get("cp + fsync of the source" if "mxfp4" in way else "raw write + fsync, one thread") for way in ways
-    }
+    copied, raw_write = medians.get("cp + fsync of the source"), medians.get("raw write + fsync, one thread")
+    bounds = {way: copied if "mxfp4" in way or way.startswith("cp") else raw_write for way in ways}
     lines = [
         f"{layers} layers, {size_name} widths: {size(source) / 1e9:.2f} GB in, {nbytes / 1e9:.2f} GB out as bfloat16; "
         f"median of {repeats}",

@@ -67,6 +67,13 @@ def test_float32_logits_equal_transformers(sources, cfg, prompt, want, layout, p
     assert_same_logits(logits, want)
 
 
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "mxfp4"])
+def test_without_jit_the_loop_over_experts_gives_the_same_logits(sources, cfg, prompt, want, param_dtype):
+    """What "auto" takes on a CPU where values are at hand; packed experts are decoded one at a time."""
+    model = create_model_from_checkpoint(sources["hf"], dataclasses.replace(cfg, param_dtype=param_dtype))
+    assert_same_logits(model(jnp.asarray(prompt)), want)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "mxfp4"])
 def test_float32_logits_from_orbax_equal_transformers(checkpoints, cfg, prompt, want, dtype):
     assert_same_logits(forward(create_model_from_checkpoint(checkpoints[dtype], cfg), prompt), want)

@@ -109,6 +109,18 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
         assert error < 2e-5, (n, name, error)  # noise of five layers, sums in another order
 
 
+def test_layers_too_large_to_compile_give_the_same_verdicts(monkeypatch, report, sources, checkpoints):
+    """Computed without jit, an expert at a time: the same weights and verdicts, and numbers that are noise apart."""
+    monkeypatch.setattr(candidate_module, "LARGE", 0)
+    large = compare(sources["hf"], checkpoints["bfloat16"], layers=True)
+    assert (large.verdict, large.weights) == (report.verdict, report.weights)
+    assert [(tap.layer, tap.tap, tap.verdict) for tap in large.taps] == [
+        (tap.layer, tap.tap, tap.verdict) for tap in report.taps
+    ]
+    assert max(tap.worst_token_rel_l2 for tap in large.taps if tap.tap != "rope") < 4e-6
+    assert large.free_run["max_abs"] < large.free_run["gate"] / 5
+
+
 @pytest.mark.parametrize("side", ["reference", "candidate"])
 def test_forced_inputs_keep_an_error_where_it_is_made(sources, checkpoints, prompt, side):
     """Both sides alike: fed its own taps a layer gives them back, and a forced q changes what is computed from it only."""
@@ -204,6 +216,26 @@ def test_a_cache_that_forgets_one_key_too_early_is_found(monkeypatch, sources, c
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, decode=True)
     jax.clear_caches()
     assert [tap.layer for tap in report.taps if tap.verdict == "fail"] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mxfp4"])
+def test_gradients_of_every_parameter(sources, checkpoints, dtype):
+    report = compare(sources["hf"], checkpoints[dtype], layers=False, gradients=True)
+    assert report.verdict == "pass"
+    assert len(report.gradients) == (88 if dtype == "bfloat16" else 78)
+    assert max(gradient["relative_l2"] for gradient in report.gradients) < metrics.GRADIENT_GATE / 3
+
+
+def test_a_gradient_that_does_not_flow_is_found(monkeypatch, sources, checkpoints):
+    """Right forward, wrong backward: nothing flows through the router's weights."""
+    import jax
+
+    monkeypatch.setattr(modeling, "weigh", lambda logits, choice: moe.weigh(jax.lax.stop_gradient(logits), choice))
+    report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, gradients=True)
+    wrong = {gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"}
+    assert {f"layers.{n}.mlp.router.{leaf}" for n in range(5) for leaf in ("weight", "bias")} <= wrong
+    assert report.verdict == "fail"
+    assert report.free_run["verdict"] == "ok"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------

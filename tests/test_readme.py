@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from click.testing import CliRunner
 
@@ -48,3 +49,17 @@ def test_every_link_leads_somewhere():
 
 def test_help_says_exit_codes():
     assert "Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete" in CliRunner().invoke(parity_cli.main, ["-h"]).output
+
+
+def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monkeypatch, sources, checkpoints):
+    import importlib.util
+
+    from parity import compare
+
+    spec = importlib.util.spec_from_file_location("compare_own_model", ROOT / "scripts" / "compare_own_model.py")
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    with jax.numpy_rank_promotion("allow"):
+        assert compare(sources["hf"], own.OwnModel(checkpoints["bfloat16"])).verdict == "pass"
+        monkeypatch.setattr(own, "rotate", lambda x, cos, sin: x)
+        assert compare(sources["hf"], own.OwnModel(checkpoints["bfloat16"])).first_divergence == {"layer": 0, "tap": "q_rope"}
