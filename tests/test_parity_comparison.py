@@ -231,7 +231,9 @@ def test_a_gradient_that_does_not_flow_is_found(monkeypatch, sources, checkpoint
     import jax
 
     monkeypatch.setattr(modeling, "weigh", lambda logits, choice: moe.weigh(jax.lax.stop_gradient(logits), choice))
+    jax.clear_caches()
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, gradients=True)
+    jax.clear_caches()
     wrong = {gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"}
     assert {f"layers.{n}.mlp.router.{leaf}" for n in range(5) for leaf in ("weight", "bias")} <= wrong
     assert report.verdict == "fail"
