@@ -8,18 +8,6 @@ from collections.abc import Callable
 
 import click
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-class Size(click.ParamType):
-    name = "size"
-
-    def convert(self, value, param, ctx):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", str(value).strip().upper())
-        if not found:
-            self.fail(f"expected a size like 2G or 900M, found {value!r}", param, ctx)
-        return int(float(found[1]) * UNITS[found[2]])
-
 
 class Share(click.ParamType):
     name = "i/n"
@@ -51,7 +39,7 @@ def _shared_options(command: Callable) -> Callable:
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
-@click.option("--max-memory", type=Size(), metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
+@click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
 @_shared_options
 def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose) -> int:
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST.
@@ -66,16 +54,19 @@ def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_me
     """
 
     def run() -> int:
+        from oss_model.memory import parse_size
+
+        memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
         if dry_run:
             from converter.preview import describe, preview
 
-            found = preview(src, dst, dtype, overwrite=overwrite, max_memory=max_memory)
+            found = preview(src, dst, dtype, overwrite=overwrite, max_memory=memory)
             click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
             return 0
         from converter.conversion import convert
         from converter.progress import progress_bar
 
-        options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": max_memory, "process": process}
+        options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
         with progress_bar(quiet) as progress:
             result = convert(src, dst, dtype, progress=progress, **options)
         if as_json:

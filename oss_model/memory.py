@@ -3,6 +3,22 @@
 import re
 from pathlib import Path
 
+from oss_model.errors import InputError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes in "900M" or "2G", binary units.
+
+    Raises:
+      InputError: naming `option`, if it is no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    if not found:
+        raise InputError(f"{option}: expected a size like 2G or 900M, found {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
 
 def peak_rss() -> int:
     """Resident bytes of this process at its peak."""

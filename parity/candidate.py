@@ -7,6 +7,7 @@ restored by plain Orbax when it is its turn, and freed after.
 import dataclasses
 import functools
 import gc
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +23,21 @@ from oss_model.params import abstract_model, as_stored, parameter_name, stored_p
 from oss_model.taps import LAYER_TAPS, tapping
 from parity.sides import Arrays, Sizes
 
-LARGE = 1 << 30  # bytes of one layer's experts in float32
+LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Candidate:
     """A converted checkpoint.
+
+    Runs op by op, as written, each expert on its own tokens: a layer of the largest model needs no more memory than
+    its stored parameters and one expert, and the result is bitwise that of the whole model run so.
+
+    Args:
+      checkpoint: the directory.
+      expert_path: how experts are computed, if not so (`ModelConfig.expert_path`).
+      compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
@@ -38,13 +47,12 @@ class Candidate:
       InputError: if the directory is no Orbax checkpoint, has no usable config.json, or contradicts it.
     """
 
-    def __init__(self, checkpoint: str | Path):
+    def __init__(self, checkpoint: str | Path, *, expert_path: str = "auto", compiled: bool = False):
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
-        self.cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
-        self.packed = self.cfg.param_dtype == "mxfp4"
-        # Compiled, a layer's experts are all in memory as float32 at once (`moe._loop` says why): past this, eagerly.
-        self.large = self.cfg.num_experts * 3 * self.cfg.hidden_size * self.cfg.intermediate_size * 4 > LARGE
+        cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        self.cfg, self.compiled = dataclasses.replace(cfg, expert_path=expert_path), compiled
+        self.large = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
 
     @property
     def sizes(self) -> Sizes:
@@ -80,6 +88,8 @@ class Candidate:
     def _restore(self, names: Iterable[str]) -> Parameters:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
         names = list(names)
+        if self.large:
+            gc.collect()  # the layer before, which Flax leaves in reference cycles
         tree: dict = {}
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for name in names:
@@ -92,7 +102,8 @@ class Candidate:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.restore(self.path, args=request)
         if self.large:
-            gc.collect()  # Orbax leaves the arrays it read in reference cycles: up to a layer's size
+            jax.block_until_ready(tree)  # the copy out of Orbax's buffers goes on in the background
+            gc.collect()  # and they too are in cycles
         return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
     @functools.cache  # noqa: B019 - a candidate lives as long as its comparison
@@ -122,10 +133,8 @@ class CandidateLayer:
         return {name: np.asarray(value) for name, value in self.arrays.items()}
 
     def block(self, dtype: Any) -> TransformerBlock:
-        """The real model's block. Every layer of a type is built from the same one, so that jit compiles it once."""
-        types = self.candidate.cfg.layer_types
-        like = self.candidate._model(dtype).layers[types.index(types[self.n])]
-        return self.candidate._filled(like, self.arrays, f"layers.{self.n}.")
+        """The real model's block."""
+        return self.candidate._filled(self.candidate._model(dtype).layers[self.n], self.arrays, f"layers.{self.n}.")
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         """Every tap of the layer, in the dtype of x.
@@ -135,7 +144,7 @@ class CandidateLayer:
           forced: tap -> value to go on with in place of the block's own.
         """
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-        run = _run if self.candidate.large else _run_compiled
+        run = _run_compiled if self.candidate.compiled else _run
         given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced} if forced else {}
         seen = run(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), positions, given)
         return {name: np.asarray(value) for name, value in seen.items()}

@@ -38,6 +38,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
+@click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
@@ -61,12 +62,15 @@ def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None,
     Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 130 interrupted.
     """
     from oss_model.errors import InputError, raise_all
+    from oss_model.memory import parse_size
     from oss_model.shards import Checkpoint
 
     outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
     files = {form: file for form, file in outputs.items() if file is not None}
     faults = _misplaced(files)
     try:
+        if options["max_memory"] is not None:
+            options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)

@@ -28,7 +28,7 @@ from parity.torch_layer import to_numpy
 Gradients = dict[str, np.ndarray]
 
 
-def check_memory(candidate: Candidate) -> None:
+def check_free_memory(candidate: Candidate) -> None:
     """Before the long part.
 
     Raises:

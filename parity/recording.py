@@ -6,6 +6,7 @@ stands in for `parity.reference` in the weights, semantics and free-run arms; th
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from safetensors.numpy import load_file, save_file
 from oss_model.errors import InputError
 from oss_model.taps import LAYER_TAPS
 from parity.prompts import Prompt
-from parity.sides import Arrays, Expected, Oracle, OracleLayer, Sizes
+from parity.sides import Arrays, Expected, Oracle, OracleLayer, Port, Sizes
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-ROPE_STRIDE = 61  # every position would be 34 MB
+SMALL = 1 << 14  # values: norms, sinks and biases
+ROPE_STRIDE = 61  # beyond the prompt; every position would be 34 MB
+# What the other taps give back to the last bit is not written: without these, 320 tokens of 20b stay below 1 GB.
+DERIVED = ("q_rope", "k_rope", "layer_out")
 
 
 def digest(array: np.ndarray) -> str:
@@ -49,6 +53,7 @@ class Recorder:
             raise InputError(f"{directory}: expected a new or empty directory for a recording, found something; remove it")
         self.directory.mkdir(parents=True, exist_ok=True)
         self.hashes: dict[str, dict[str, Any]] = {}
+        self.length = prompt.tokens.shape[1]
         self.write("prompt", {"tokens": prompt.tokens, "valid": prompt.valid})
 
     def write(self, name: str, arrays: Arrays) -> None:
@@ -61,7 +66,7 @@ class Recorder:
     @property
     def rope_positions(self) -> np.ndarray:
         last = self.sizes.max_positions - 1
-        return np.unique(np.append(np.arange(0, last, ROPE_STRIDE), last))
+        return np.unique(np.concatenate([np.arange(self.length), np.arange(0, last, ROPE_STRIDE), [last]]))
 
     def noting(self, expected: Iterable[Expected]) -> Iterator[Expected]:
         for one in expected:
@@ -110,8 +115,7 @@ class _RecordedLayer:
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         found = self.inner.run(x, forced)
-        # The residual stream is the sum of what is written: one tap less a layer keeps 20b below 1 GiB.
-        self.recorder.write(f"layer-{self.n:03d}", {name: found[name] for name in LAYER_TAPS if name != "layer_out"})
+        self.recorder.write(f"layer-{self.n:03d}", {name: found[name] for name in LAYER_TAPS if name not in DERIVED})
         return found
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -144,6 +148,12 @@ class Recording:
 
     def read(self, name: str) -> Arrays:
         return load_file(self.directory / f"{name}.safetensors")
+
+    def is_of(self, port: Port) -> bool:
+        """Whether any small parameter of the port is the recorded one: a fine-tuned model's are not all others."""
+        noted = self.manifest["parameters"]
+        small = [name for name, (shape, _) in port.stored.items() if name in noted and math.prod(shape) <= SMALL]
+        return not small or any(digest(value) == noted[name]["hash"] for name, value in port.restore(small).items())
 
     def _expected(self, belongs) -> Iterator[Expected]:
         for name, noted in self.manifest["parameters"].items():
@@ -186,7 +196,13 @@ class _ReplayedLayer:
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         taps = self.recording.read(f"layer-{self.n:03d}")
-        return taps | {"layer_out": x + taps["attn_out"] + taps["mlp_out"]}  # in float32, in the reference's order
+        tables = self.recording.read("rope")
+        cos, sin = (tables[name][: x.shape[1], None] for name in ("cos", "sin"))
+        derived = {}
+        for name in "qk":  # in float32 and in the reference's order, here and below
+            a, b = np.split(taps[name], 2, axis=-1)
+            derived[f"{name}_rope"] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return taps | derived | {"layer_out": x + taps["attn_out"] + taps["mlp_out"]}
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self.recording.read(f"direct-{self.n:03d}")["direct"]

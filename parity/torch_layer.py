@@ -19,6 +19,7 @@ from parity.sides import Arrays
 Taps = dict[str, torch.Tensor]
 
 _EXPERTS = ("gate_up_proj", "down_proj")
+_ROWS = 1 << 16  # of 32 values, decoded at a time: in cache, a quarter faster than an expert at once
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -91,26 +92,21 @@ class _Experts:
 
     def __getitem__(self, expert: torch.Tensor) -> torch.Tensor:
         one = self.values[expert].to(self.dtype)
-        # transformers keeps [in, out] contiguous. In bfloat16 on a CPU that multiplies 40 times slower than the same
-        # matrix seen through a transposition; in float32 it decides the last bit.
-        return one if self.dtype == torch.bfloat16 else one.contiguous()
+        # [in, out] contiguous, as transformers keeps it: in float32 that decides the last bit. In bfloat16 on a CPU it
+        # multiplies 40 times slower than the same matrix seen through a transposition.
+        return one.T.contiguous().T if self.dtype == torch.bfloat16 else one
 
 
 def _decode(stored: Taps) -> Taps:
-    """The layer's state dict, packed experts decoded by transformers, one at a time to bound the memory.
-
-    Experts are [experts, in, out] views of [experts, out, in] memory: see `_Experts`.
-    """
+    """The layer's state dict, packed experts decoded by transformers, one at a time to bound the memory."""
     state = {name: t for name, t in stored.items() if not name.endswith(("_blocks", "_scales"))}
     for name in (f"mlp.experts.{name}" for name in _EXPERTS):
         if f"{name}_blocks" in stored:
             blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
-            values = torch.empty(*blocks.shape[:2], blocks.shape[2] * 32, dtype=torch.bfloat16)
+            state[name] = torch.empty(len(blocks), blocks.shape[2] * 32, blocks.shape[1], dtype=torch.bfloat16)
             for e in range(len(blocks)):
-                values[e] = convert_moe_packed_tensors(blocks[e : e + 1], scales[e : e + 1])[0].T
-        else:
-            values = state[name].transpose(1, 2).contiguous()
-        state[name] = values.transpose(1, 2)
+                one = convert_moe_packed_tensors(blocks[e : e + 1], scales[e : e + 1], rows_per_chunk=_ROWS)
+                state[name][e] = one[0]
     return state
 
 

@@ -15,7 +15,7 @@ from oss_model import InputError
 from oss_model.synthetic import write_checkpoint
 from parity import compare
 from parity.cli import main
-from parity.recording import Recording, digest
+from parity.recording import DERIVED, Recording, digest
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,16 @@ def test_a_recording_gives_the_same_verdict_and_numbers(recorded, checkpoints, d
         assert report.source == live.source
 
 
-def test_the_sum_that_is_not_recorded_is_bitwise_the_references(recorded, sources):
+def test_taps_that_are_not_recorded_are_bitwise_the_references(recorded, sources):
     from parity.reference import Reference
 
     reference, recording = Reference(sources["hf"]), Recording(recorded[0])
     x = recording.embed(recording.prompt.tokens, np.dtype(np.float32))
     for n in range(5):
-        want = reference.layer(n).run(x)["layer_out"]
-        x = recording.layer(n).run(x)["layer_out"]
-        np.testing.assert_array_equal(x, want)
+        want, got = reference.layer(n).run(x), recording.layer(n).run(x)
+        for name in DERIVED:
+            np.testing.assert_array_equal(got[name], want[name])
+        x = got["layer_out"]
 
 
 def test_a_flipped_bit_is_named_without_the_source(tmp_path, recorded, checkpoints):
@@ -110,6 +111,12 @@ def test_what_a_recording_is_not_for(tmp_path, recorded, sources, checkpoints, a
 def test_a_recording_of_another_model_is_refused(tmp_path, recorded, cfg):
     convert(write_checkpoint(tmp_path / "s", dataclasses.replace(cfg, num_hidden_layers=3, layer_types=())), tmp_path / "d")
     with pytest.raises(InputError, match="recorded of another model"):
+        compare(Recording(recorded[0]), tmp_path / "d")
+
+
+def test_a_recording_of_another_checkpoint_is_refused(tmp_path, recorded, cfg):
+    convert(write_checkpoint(tmp_path / "s", cfg, seed=1), tmp_path / "d")
+    with pytest.raises(InputError, match="recorded of another checkpoint"):
         compare(Recording(recorded[0]), tmp_path / "d")
 
 

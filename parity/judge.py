@@ -1,0 +1,112 @@
+"""What the two sides computed becomes a verdict: the numbers of `parity.metrics`, held to its bounds, in a report."""
+
+from typing import Any
+
+import numpy as np
+
+from parity import metrics
+from parity.prompts import Prompt
+from parity.report import Report, TapResult
+from parity.sides import Arrays
+
+
+class Judge:
+    """Fills `report`. Padding of `prompt` is left out of every number."""
+
+    def __init__(self, prompt: Prompt, report: Report):
+        self.prompt, self.report = prompt, report
+
+    def tap(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
+        """A tap of the port against the reference's, [batch * copies, length, ...] or [batch * length, ...] both."""
+        if got is None or want is None:
+            side = "candidate" if got is None else "reference"
+            self._add(layer, name, 1.0, 0.0, "incomplete", f"the {side} has no such tap")
+        elif got.size != want.size:
+            self._add(layer, name, 1.0, 0.0, "fail", f"shape {list(got.shape)}, should be {list(want.shape)}")
+        else:
+            errors = self.errors(got, want)
+            bad = errors > metrics.SEMANTICS_GATE
+            where = _which_tokens(np.any(bad, axis=0)) if bad.any() else ""
+            largest = float(metrics.finite(np.abs(got.reshape(want.shape).astype(np.float32) - want)).max())
+            verdict, notes = "fail" if bad.any() else "ok", "; ".join(part for part in (note, where) if part)
+            self._add(layer, name, _bounded(errors.max()), largest, verdict, notes)
+
+    def choice(self, layer: int, taps: Arrays, got: np.ndarray) -> None:
+        """On the reference's own logits the experts must be the same ones; only exact ties may be broken otherwise."""
+        logits = taps["router_logits"]
+        flips = self._flips(logits, taps["expert_choice"], logits, got.reshape(taps["expert_choice"].shape))
+        bad = [flip for flip in flips if not flip["explained"]]
+        verdict, worst = ("fail", 1.0) if bad else ("ok", 0.0)
+        note = f"{len(bad)} tokens chose other experts" if bad else ""
+        self._add(layer, "expert_choice", worst, float(len(bad)), verdict, note)
+
+    def rope(self, positions: np.ndarray, got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray, ...]) -> None:
+        """cos and sin at these positions; `want` has the frequencies before them (`Oracle.rope_tables`)."""
+        inv_freq, *tables = want
+        error = np.max([np.abs(g - w) for g, w in zip(got, tables, strict=True)], axis=0)
+        worst = float(metrics.finite(error / (1 + positions[:, None] * inv_freq[None])).max())
+        verdict = "ok" if worst <= metrics.ROPE_GATE else "fail"
+        note = f"cos and sin up to position {positions[-1]}"
+        self._add(None, "rope", worst, float(metrics.finite(error).max()), verdict, note)
+
+    def precision(self, layer: int | None, truth: Arrays, got: Arrays, reference: Arrays) -> None:
+        """Each component in bfloat16 on the oracle's input: its error over the reference's own, noted at its tap."""
+        for tap in self.report.taps:
+            if tap.layer == layer and tap.tap in truth and tap.tap in got and tap.tap != "expert_choice":
+                ours, theirs = (self._spread(side[tap.tap], truth[tap.tap]) for side in (got, reference))
+                tap.port_over_reference = metrics.error_ratio(ours, theirs)
+
+    def flips(self, layer: int, taps: Arrays, free: Arrays) -> None:
+        if free["expert_choice"].shape == taps["expert_choice"].shape:
+            routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
+            self.report.flips += [{"layer": layer} | flip for flip in self._flips(*routing)]
+
+    def growth(self, layer: int, want: np.ndarray, got: dict[str, np.ndarray]) -> None:
+        """How far the free run's streams have come from the reference's after a layer."""
+        worst = {name: _bounded(self.errors(stream, want).max()) for name, stream in got.items()}
+        self.report.growth.append({"layer": layer} | worst)
+
+    def free_run(self, truth: np.ndarray, replayed: np.ndarray, own: np.ndarray, **others: np.ndarray) -> None:
+        """Logits of the whole model: the gated run with the reference's routing replayed, and those beside it."""
+        want, *got = (logits[self.prompt.valid][None] for logits in (truth, replayed, own, *others.values()))
+        run: dict[str, Any] = metrics.free_run(want, got[0])
+        self.report.token_kl = metrics.finite(metrics.kl(want, got[0])).reshape(-1).tolist()
+        run["gate"] = metrics.FREE_RUN_GATE * run["max_logit"]
+        run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
+        for name, logits in zip(("own_routing", *others), got[1:], strict=True):
+            run[name] = metrics.free_run(want, logits)
+        self.report.free_run = run
+
+    def errors(self, got: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """Relative L2 of each token of the prompt, [batch, length]; padding counts as right."""
+        batch, length = self.prompt.tokens.shape
+        copies = len(want.reshape(-1, length, *want.shape[2:])) // batch if want.ndim > 2 else 1
+        shape = (batch * copies, length, -1)
+        relative = metrics.token_rel_l2(got.reshape(shape), want.reshape(shape))
+        return np.where(np.tile(self.prompt.valid, (copies, 1)), relative, 0.0)
+
+    def _spread(self, got: np.ndarray, want: np.ndarray) -> float:
+        """Relative L2 of all tokens together."""
+        rows = self.prompt.valid.reshape(-1)
+        got, want = (a.reshape(len(rows), -1)[rows].astype(np.float64) for a in (got, want))
+        return float(metrics.finite(np.asarray(np.linalg.norm(got - want) / np.linalg.norm(want))))
+
+    def _flips(self, *routing: np.ndarray) -> list[dict[str, Any]]:
+        return [flip for flip in metrics.flips(*routing) if self.prompt.valid.reshape(-1)[flip["token"]]]
+
+    def _add(self, *result: Any) -> None:
+        self.report.taps.append(TapResult(*result))
+
+
+def _bounded(error: np.floating) -> float:
+    return float(min(error, metrics.WORST))
+
+
+def _which_tokens(bad: np.ndarray) -> str:
+    """Which places of the prompt are wrong, as a person would say it: [length] bool."""
+    wrong = np.flatnonzero(bad)
+    if len(wrong) == len(bad):
+        return "all tokens"
+    if bad[wrong[0] :].all():
+        return f"only tokens >= {wrong[0]}"
+    return f"{len(wrong)} of {len(bad)} tokens, first {wrong[0]}"

@@ -1,0 +1,52 @@
+"""What a comparison needs at the least: how much of both sides is in memory at one time."""
+
+import math
+from typing import TYPE_CHECKING
+
+from oss_model.errors import InputError
+from oss_model.memory import rss
+
+if TYPE_CHECKING:
+    from parity.candidate import Candidate
+
+# What libraries, compiled code and allocators keep beyond what is counted: measured on tiny, 20b and 120b sizes.
+SLACK_BYTES = 384 << 20
+FRAGMENTS_BYTES = 1 << 30  # left in the allocator by reading a layer of this size or more
+
+
+def least_memory(candidate: "Candidate", batch: int, length: int) -> int:
+    """Resident bytes at the peak, all in, of comparing this checkpoint on a prompt [batch, length]."""
+
+    def nbytes(prefix: str, itemsize: int | None = None) -> int:
+        """As stored; with `itemsize`, as values of that many bytes, two of which are packed in a byte of blocks."""
+        total = 0
+        for name, (shape, dtype) in candidate.stored.items():
+            if name.startswith(prefix) and not (itemsize and name.endswith(".scales")):
+                values = math.prod(shape) * (2 if itemsize and name.endswith(".blocks") else 1)
+                total += values * (itemsize or dtype.itemsize)
+        return total
+
+    cfg, tokens, ours = candidate.cfg, batch * length, nbytes("layers.0.")
+    # XLA's lookup goes by way of float32; the unembedding multiplies in it, or in bfloat16 for the precision arm.
+    first = nbytes("embedding.") + nbytes("embedding.", 4)
+    last = nbytes("lm_head.") + nbytes("lm_head.", 4) + 5 * tokens * cfg.vocab_size * 4
+    # Both sides' layer, the reference's decoded to bfloat16; an expert a side in float32, before and after a transposition.
+    widest = max(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
+    taps = 3 * 16 * tokens * widest * 4 + 3 * batch * cfg.num_attention_heads * length**2 * 4
+    layer = ours + nbytes("layers.0.", 2) + 4 * nbytes("layers.0.mlp.", 4) // cfg.num_experts + taps
+    reading = 2 * ours  # Orbax's buffers, and the copy of them on the device
+    return rss() + SLACK_BYTES + min(FRAGMENTS_BYTES, ours) + max(first, reading, layer, last)
+
+
+def check_memory(candidate: "Candidate", batch: int, length: int, max_memory: int) -> None:
+    """Before the long part.
+
+    Raises:
+      InputError: if it takes more than `max_memory` bytes.
+    """
+    need = least_memory(candidate, batch, length)
+    if need > max_memory:
+        raise InputError(
+            f"--max-memory: expected at least {math.ceil(need / 2**20)}M for this checkpoint and {batch * length} tokens,"
+            f" found {max_memory >> 20}M; fewer tokens take a little less, a checkpoint in mxfp4 takes the most off"
+        )
