@@ -106,12 +106,8 @@ class Candidate:
             gc.collect()  # and they too are in cycles
         return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
-    @functools.cache  # noqa: B019 - a candidate lives as long as its comparison
-    def _structure(self, dtype: np.dtype) -> tuple[nnx.GraphDef, nnx.State]:
-        return abstract_model(dataclasses.replace(self.cfg, dtype=dtype))
-
     def _model(self, dtype: Any) -> Transformer:
-        return nnx.merge(*self._structure(np.dtype(dtype)))
+        return nnx.merge(*_structure(dataclasses.replace(self.cfg, dtype=np.dtype(dtype))))
 
     def _filled(self, module: Module, arrays: Parameters, prefix: str) -> Module:
         """An abstract module of the real model, with these arrays for parameters."""
@@ -120,6 +116,11 @@ class Candidate:
         for path, variable in nnx.to_flat_state(state):
             variable.set_value(arrays[prefix + parameter_name(path)])
         return nnx.merge(graphdef, state)
+
+
+@functools.lru_cache(maxsize=4)
+def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return abstract_model(cfg)
 
 
 class CandidateLayer:

@@ -1,8 +1,10 @@
 """The command line of check-parity: parse, call, print."""
 
+import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +41,16 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")
+@click.option(
+    "--self-test", is_flag=True, help="Test the tool itself: put every known mistake into a right port, one at a time."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
-def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None, golden: Path | None, **options):
+def main(
+    source: Path | None, checkpoint: Path | None, prompt_file: Path | None, golden: Path | None, self_test: bool, **options
+):
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
     SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
@@ -59,7 +66,7 @@ def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None,
       check-parity gpt-oss-20b/ gpt-oss-20b-orbax/ --layers --json report.json --html report.html
 
     \b
-    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 130 interrupted.
+    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed, 130 interrupted.
     """
     from oss_model.errors import InputError, raise_all
     from oss_model.memory import parse_size
@@ -72,6 +79,9 @@ def main(source: Path | None, checkpoint: Path | None, prompt_file: Path | None,
         if options["max_memory"] is not None:
             options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
         with tempfile.TemporaryDirectory() as scratch:
+            if self_test:
+                raise_all([*faults, *_not_for_self_test(source, files)])
+                sys.exit(_self_test(Path(scratch), files.get("json")))
             try:
                 pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
                 if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
@@ -125,6 +135,26 @@ def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tupl
     return Recording(golden), given[0]
 
 
+def _not_for_self_test(source: Path | None, files: dict[str, Path]) -> list[str]:
+    faults = [f"--self-test: writes its outcome as --json only, found --{form}" for form in files if form != "json"]
+    if source is not None:
+        faults.append(f"--self-test: makes checkpoints of its own, found {source}; leave it out")
+    return faults
+
+
+def _self_test(scratch: Path, file: Path | None) -> int:
+    _need_torch()
+    from converter import convert
+    from parity.selftest import self_test
+
+    with _progress_bar() as progress:
+        result = self_test(scratch, convert, progress=progress)
+    click.echo(result.table())
+    if file is not None:
+        file.write_text(result.to_json() + "\n", encoding="utf-8")
+    return result.exit_code
+
+
 def _need_torch() -> None:
     from oss_model.errors import InputError
 
@@ -139,9 +169,6 @@ def _need_torch() -> None:
 def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | None, options: dict) -> "Report":
     if isinstance(source, Path):
         _need_torch()
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from oss_model.config import ModelConfig
     from parity.comparison import compare
     from parity.prompts import read_prompt
@@ -150,15 +177,20 @@ def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | N
         home = source if isinstance(source, Path) else checkpoint
         vocab = ModelConfig.from_json(home / "config.json").vocab_size
         options["prompt"] = read_prompt(prompt_file, vocab, home / "tokenizer.json")
+    with _progress_bar() as progress:
+        return compare(source, checkpoint, progress=progress, **options)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> "Iterator[Callable[[int, int, str], None]]":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
-        return compare(source, checkpoint, progress=progress, **options)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 from oss_model.errors import raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
+from parity.diagnosis import Diagnosis
 from parity.judge import Judge
 from parity.memory import check_memory
 from parity.prompts import Prompt, random_prompt
@@ -141,6 +142,7 @@ class _Run:
 
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
+        self.diagnosis = Diagnosis(self.report, self.judge, self.oracle.sizes.window)
 
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
@@ -172,14 +174,18 @@ class _Run:
     def weights(self, expected: Iterable[Expected], read: Callable[[list[str]], Arrays]) -> bool:
         """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
         fits = True
-        for name, shape, differs, _ in expected if self.port.stored else ():
+        for one in expected if self.port.stored else ():
+            name, shape = one.name, one.shape
             found = self.port.stored.get(name)
             if found is None:
                 note = "missing in the checkpoint"
             elif found[0] != shape:
                 note = f"shape {list(found[0])}, should be {list(shape)}"
             else:
-                self.report.weights.append(Weight(name, differs(read([name])[name])))
+                got = read([name])[name]
+                self.report.weights.append(Weight(name, one.differs(got)))
+                if self.report.weights[-1].note:
+                    self.diagnosis.parameter(one, got)
                 continue
             fits = False
             self.report.weights.append(Weight(name, note))
@@ -189,10 +195,13 @@ class _Run:
 
     def first(self) -> _Streams:
         positions = self.oracle.rope_positions
-        self.judge.rope(positions, self.port.rope_tables(positions), self.oracle.rope_tables(positions))
+        got, want = self.port.rope_tables(positions), self.oracle.rope_tables(positions)
+        self.judge.rope(positions, got, want)
+        self.explain("rope", positions, np.stack(want[1:]), np.stack(got))
         tokens = self.prompt.tokens
         truth, ours = self.oracle.embed(tokens, FLOAT32), self.port.embed(tokens, FLOAT32)
         self.judge.tap(None, "embedding", ours, truth)
+        self.explain("embedding", tokens, truth, ours)
         if not self.precision:
             return _Streams(truth, ours, ours)
         return _Streams(truth, ours, ours, self.port.embed(tokens, BFLOAT16), self.oracle.embed(tokens, BFLOAT16))
@@ -210,7 +219,7 @@ class _Run:
         taps = expected.run(streams.truth)
         routing = {"expert_choice": taps["expert_choice"]}
         if self.report.layers:
-            self.semantics(n, expected, layer, taps, layer.run(streams.truth, taps))
+            self.semantics(n, expected, layer, streams.truth, taps)
             if self.precision:
                 self.judge.precision(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
         free = layer.run(streams.own)
@@ -237,6 +246,7 @@ class _Run:
             got = self.port.unembed(streams.truth, taps)
             for name in ("final_norm", "logits"):
                 self.judge.tap(None, name, got.get(name), taps[name])
+                self.explain(name, streams.truth if name == "final_norm" else taps["final_norm"], taps[name], got.get(name))
             if self.precision:
                 truth16 = streams.truth.astype(BFLOAT16)
                 self.judge.precision(None, taps, *(side.unembed(truth16, taps) for side in (self.port, self.oracle)))
@@ -247,7 +257,12 @@ class _Run:
             logits["reference_bfloat16"] = self.oracle.unembed(streams.reference16)["logits"]
         self.judge.free_run(taps["logits"], **logits)
 
-    def semantics(self, n: int, expected: OracleLayer, layer: Layer, taps: Arrays, got: Arrays) -> None:
+    def explain(self, tap: str, given: np.ndarray, want: np.ndarray, got: np.ndarray | None) -> None:
+        if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:
+            self.diagnosis.outside(tap, self.oracle, given, want, got.reshape(want.shape))
+
+    def semantics(self, n: int, expected: OracleLayer, layer: Layer, x: np.ndarray, taps: Arrays) -> None:
+        got = layer.run(x, taps)
         for name in LAYER_TAPS:
             have, want = got.get(name), taps.get(name)
             if have is None or want is None or have.size != want.size:
@@ -258,6 +273,8 @@ class _Run:
                 self.experts(n, expected, layer, taps, have)
             else:
                 self.judge.tap(n, name, have, want)
+            if have is not None and want is not None and self.report.taps[-1].verdict == "fail":
+                self.diagnosis.tap(n, name, expected, x, taps, have)
 
     def experts(self, n: int, expected: OracleLayer, layer: Layer, taps: Arrays, have: np.ndarray) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""

@@ -97,6 +97,9 @@ class Recorder:
         self.write("rope", {"positions": positions, "inv_freq": inv_freq, "cos": cos, "sin": sin})
         return inv_freq, cos, sin
 
+    def run_with(self, fault: str, given: np.ndarray) -> np.ndarray | None:
+        return self.oracle.run_with(fault, given)
+
     def finish(self) -> None:
         """Without this the recording has no manifest, and is refused."""
         manifest = {"format": FORMAT, **self.described, "sizes": self.sizes._asdict(), "parameters": self.hashes}
@@ -112,6 +115,9 @@ class _RecordedLayer:
         for _ in self.recorder.noting(self.inner.parameters(not packed)):
             pass
         return self.recorder.noting(self.inner.parameters(packed))
+
+    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
+        return self.inner.run_with(fault, x, forced, tap)
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         found = self.inner.run(x, forced)
@@ -181,6 +187,9 @@ class Recording:
         tables = self.read("rope")
         return tables["inv_freq"], tables["cos"], tables["sin"]
 
+    def run_with(self, fault: str, given: np.ndarray) -> None:
+        return None
+
 
 class _ReplayedLayer:
     def __init__(self, recording: Recording, n: int):
@@ -203,6 +212,9 @@ class _ReplayedLayer:
             a, b = np.split(taps[name], 2, axis=-1)
             derived[f"{name}_rope"] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         return taps | derived | {"layer_out": x + taps["attn_out"] + taps["mlp_out"]}
+
+    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> None:
+        return None
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self.recording.read(f"direct-{self.n:03d}")["direct"]

@@ -6,7 +6,7 @@ at a time is bitwise equal to the whole model.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from safetensors import safe_open
 from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
+from parity import torch_faults
 from parity.sides import Arrays, Expected, Sizes
-from parity.torch_layer import Taps, TorchLayer, to_numpy, to_torch
+from parity.torch_layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
 
 # OpenAI original -> transformers, within a layer (`block.N.` -> `model.layers.N.`) and outside.
 _OPENAI_LAYER = {
@@ -105,20 +106,33 @@ class Reference:
 
     def first_parameters(self) -> Iterator[Expected]:
         """Parameters before the layers, as an Orbax checkpoint of ours names and lays them out."""
-        yield _expected("embedding.weight", self._model_tensor("model.embed_tokens.weight"))
+        yield self._expected(None, "embedding.weight", self._model_tensor("model.embed_tokens.weight"))
 
     def last_parameters(self) -> Iterator[Expected]:
         """Parameters after the layers."""
-        yield _expected("norm.scale", self._model_tensor("model.norm.weight"))
-        yield _expected("lm_head.weight", self._model_tensor("lm_head.weight"))
+        yield self._expected(None, "norm.scale", self._model_tensor("model.norm.weight"))
+        yield self._expected(None, "lm_head.weight", self._model_tensor("lm_head.weight"))
+
+    def parameter_of(self, n: int, name: str) -> torch.Tensor:
+        """A parameter of layer n that is no expert's, by its name in an Orbax checkpoint of ours without the layer."""
+        tensors = self.stored_layer(n) if self.original else _Lazily(lambda key: self._get(f"model.layers.{n}.{key}"))
+        return next(tensor for found, tensor in as_in_orbax(self.config, n, tensors) if found == f"layers.{n}.{name}")
+
+    def _expected(self, n: int | None, name: str, want: torch.Tensor) -> Expected:
+        def suspects(got: np.ndarray) -> Iterator[tuple[str, float, float]]:
+            yield from torch_faults.explain(self, n, name.removeprefix(f"layers.{n}."), want, to_torch(got))
+
+        return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want), suspects)
 
     # --- activations --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """int [batch, length] -> [batch, length, hidden] in `dtype`."""
-        rows = torch.nn.functional.embedding(torch.from_numpy(tokens).long(), self._model_tensor("model.embed_tokens.weight"))
-        return to_numpy(rows.to(getattr(torch, np.dtype(dtype).name)))
+        return to_numpy(self.lookup(torch.from_numpy(tokens)).to(getattr(torch, np.dtype(dtype).name)))
+
+    def lookup(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(tokens.long(), self._model_tensor("model.embed_tokens.weight"))
 
     def layer(self, n: int) -> "ReferenceLayer":
         return ReferenceLayer(self, n)
@@ -131,15 +145,30 @@ class Reference:
         norm.weight.data = self._model_tensor("model.norm.weight").to(stream.dtype)
         normed = norm(stream)
         given = to_torch(forced["final_norm"]).to(stream.dtype) if forced else normed
-        # A run of rows at a time: the whole matrix in float32 is 2.3 GB.
-        rows = self._model_tensor("lm_head.weight").split(16384)
-        logits = torch.cat([torch.nn.functional.linear(given, some.to(given.dtype)) for some in rows], dim=-1)
-        return {"final_norm": to_numpy(normed), "logits": to_numpy(logits)}
+        return {"final_norm": to_numpy(normed), "logits": to_numpy(self.project(given, "lm_head.weight"))}
+
+    def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x times the transpose of a tensor, a run of rows at a time: the whole matrix in float32 is 2.3 GB."""
+        rows = self._model_tensor(name).split(16384)
+        return torch.cat([torch.nn.functional.linear(x, some.to(x.dtype)) for some in rows], dim=-1)
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""
         cos, sin = self.rotary(torch.zeros(1), torch.from_numpy(positions)[None])
         return self.rotary.inv_freq.numpy(), cos[0].numpy(), sin[0].numpy()
+
+    def run_with(self, fault: str, given: np.ndarray) -> np.ndarray:
+        return torch_faults.model_with(fault, self, given)
+
+
+class _Lazily(dict):
+    """Tensors that are read when they are asked for."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]):
+        self.read = read
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self.read(name)
 
 
 class ReferenceLayer(TorchLayer):
@@ -154,7 +183,10 @@ class ReferenceLayer(TorchLayer):
         # The packed bytes are read again where they are asked for, rather than kept beside the decoded ones.
         tensors = self.reference.stored_layer(self.n) if packed else self.decoded
         for name, tensor in as_in_orbax(self.config, self.n, tensors):
-            yield _expected(name, tensor)
+            yield self.reference._expected(self.n, name, tensor)
+
+    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray:
+        return torch_faults.run_with(fault, self, x, forced, tap)
 
 
 # --- parameters -------------------------------------------------------------------------------------------------
@@ -173,29 +205,20 @@ def as_in_orbax(c: GptOssConfig, n: int, tensors: Taps) -> Iterator[tuple[str, t
     yield f"{p}.mlp.norm.scale", tensors["post_attention_layernorm.weight"]
     yield f"{p}.mlp.router.weight", tensors["mlp.router.weight"]
     yield f"{p}.mlp.router.bias", tensors["mlp.router.bias"]
-    yield f"{p}.mlp.gate_up.bias", _gate_and_up(tensors["mlp.experts.gate_up_proj_bias"])
+    yield f"{p}.mlp.gate_up.bias", gate_and_up(tensors["mlp.experts.gate_up_proj_bias"])
     yield f"{p}.mlp.down.bias", tensors["mlp.experts.down_proj_bias"]
     if "mlp.experts.gate_up_proj_blocks" in tensors:
         for kind in ("blocks", "scales"):
-            yield f"{p}.mlp.gate_up.{kind}", _gate_and_up(tensors[f"mlp.experts.gate_up_proj_{kind}"])
+            yield f"{p}.mlp.gate_up.{kind}", gate_and_up(tensors[f"mlp.experts.gate_up_proj_{kind}"])
             yield f"{p}.mlp.down.{kind}", tensors[f"mlp.experts.down_proj_{kind}"]
     else:
-        yield f"{p}.mlp.gate_up.weight", _gate_and_up(tensors["mlp.experts.gate_up_proj"].transpose(1, 2))
+        yield f"{p}.mlp.gate_up.weight", gate_and_up(tensors["mlp.experts.gate_up_proj"].transpose(1, 2))
         yield f"{p}.mlp.down.weight", tensors["mlp.experts.down_proj"].transpose(1, 2)
-
-
-def _gate_and_up(rows: torch.Tensor) -> torch.Tensor:
-    """[experts, 2·intermediate, …] with gate and up in turn -> [experts, 2, intermediate, …]."""
-    return rows.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------
 
 _PIECE = 1 << 24  # values compared at a time: parameters are up to 4 GB
-
-
-def _expected(name: str, want: torch.Tensor) -> Expected:
-    return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want))
 
 
 def _difference(want: torch.Tensor, got: np.ndarray) -> str:

@@ -58,7 +58,9 @@ class Report:
     token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
     gradients: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "relative_l2", "verdict"}
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after"}: the mistake that explains it
+    diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after", ...}: what explains it
+    pattern: str = ""  # of the first divergence: which heads, experts, channels
+    tried: int = 0  # known mistakes that were tried on it
     incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
     peak_rss_bytes: int = 0
     seconds: float = 0.0
@@ -106,6 +108,7 @@ class Report:
             "exit_code": self.exit_code,
             "first_divergence": self.first_divergence,
             "diagnosis": self.diagnosis,
+            "pattern": self.pattern,
             "source": self.source,
             "checkpoint": self.checkpoint,
             "tokens": self.tokens,
@@ -164,6 +167,7 @@ def _table(report: Report) -> Iterable[str]:
     if where is not None:
         place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
         yield f"first divergence: {place}, {where['tap']}"
+        yield from _diagnosis_rows(report)
     yield f"{report.verdict.upper()}   {report.seconds:.1f} s   peak memory {report.peak_rss_bytes / 2**30:.1f} GiB"
 
 
@@ -213,6 +217,20 @@ def _free_run_rows(report: Report) -> Iterable[str]:
     unexplained = sum(not flip["explained"] for flip in report.flips)
     if report.flips:
         yield f"expert flips  {len(report.flips)}, {len(report.flips) - unexplained} explained as near-ties, {unexplained} not"
+
+
+def _diagnosis_rows(report: Report) -> Iterable[str]:
+    found = report.diagnosis
+    if found is not None:
+        before, after = (f"{found[key]:.1e}" for key in ("residual_before", "residual_after"))
+        where = f"{found['tap']}: " if "." in found["tap"] else ""
+        yield f"diagnosis: {where}{found['fault']}: residual {before} -> {after}   [{found['name']}]"
+        yield f"  to do: {found['fix']}"
+        if found["others"]:
+            yield f"  as well as: {', '.join(other['name'] for other in found['others'])}"
+    elif report.tried:
+        pattern = f"; {report.pattern}" if report.pattern else ""
+        yield f"diagnosis: none of the {report.tried} known mistakes of this place explains it{pattern}"
 
 
 def _healthy(taps: list[TapResult]) -> bool:

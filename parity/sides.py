@@ -22,12 +22,19 @@ class Sizes(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """A parameter as the reference has it. `differs(array)` says how a stored one is different; empty if it is not."""
+    """A parameter as the reference has it.
+
+    Attributes:
+      differs: says how a stored one is different; empty if it is not.
+      suspects: which known mistakes would explain that: (fault, share of values that differ from the right ones, share
+        that differs from what the mistake makes of them).
+    """
 
     name: str
     shape: tuple[int, ...]
     differs: Callable[[np.ndarray], str]
     value: Callable[[], np.ndarray]
+    suspects: Callable[[np.ndarray], Iterable[tuple[str, float, float]]] = lambda got: ()
 
 
 class Layer(Protocol):
@@ -64,6 +71,9 @@ class Port(Protocol):
 
 class OracleLayer(Layer, Protocol):
     def parameters(self, packed: bool) -> Iterable[Expected]: ...
+    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
+        """What a tap is with a known mistake made (`parity.faults`); None where the reference is only a recording."""
+        ...
 
 
 class Oracle(Protocol):
@@ -80,4 +90,9 @@ class Oracle(Protocol):
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays: ...
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""
+        ...
+
+    def run_with(self, fault: str, given: np.ndarray) -> np.ndarray | None:
+        """What lies outside the layers, with a known mistake made: of tokens, of the last stream, of its norm, or
+        (stacked cos and sin) of positions. None where the reference is only a recording."""
         ...

@@ -28,21 +28,22 @@ class TorchLayer:
 
     def __init__(self, config: GptOssConfig, rotary: gpt_oss.GptOssRotaryEmbedding, n: int, stored: Taps):
         self.n, self.config, self.rotary = n, config, rotary
-        self.decoded = _decode(stored)
+        self.decoded = decode(stored)
 
-    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+    def run(self, x: np.ndarray, forced: Arrays | None = None, until: str | None = None) -> Arrays:
         """Every tap of the layer, in the dtype of x. Prompts are whole: positions 0, 1, 2, …
 
         Args:
           x: [batch, length, hidden].
           forced: tap -> value to go on with in place of the layer's own.
+          until: a tap; nothing after it is computed.
         """
         given = {name: to_torch(value) for name, value in (forced or {}).items()}
-        return {name: to_numpy(value) for name, value in self._run(to_torch(x), given).items()}
+        return {name: to_numpy(value) for name, value in self._run(to_torch(x), given, until).items()}
 
     @torch.no_grad()
-    def _run(self, x: torch.Tensor, forced: Taps) -> Taps:
-        seen: Taps = {}
+    def _run(self, x: torch.Tensor, forced: Taps, until: str | None) -> Taps:
+        seen = _Seen(until)
         module = self._module(x.dtype)
         attn, mlp = module.self_attn, module.mlp
         parts = {
@@ -61,8 +62,11 @@ class TorchLayer:
         sliding = list(self.config.layer_types or [])[self.n] == "sliding_attention"
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
         mask = make_mask(config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions)
-        with mock.patch.object(gpt_oss, "eager_attention_forward", _watch_attention(seen, forced)):
-            out = module(x, attention_mask=mask, position_ids=positions, position_embeddings=self.rotary(x, positions))
+        try:
+            with mock.patch.object(gpt_oss, "eager_attention_forward", _watch_attention(seen, forced)):
+                out = module(x, attention_mask=mask, position_ids=positions, position_embeddings=self.rotary(x, positions))
+        except _EnoughError:
+            return seen
         heads = {name: seen[name].unflatten(-1, (-1, self.config.head_dim)) for name in "qkv"}
         return seen | heads | {"mlp_out": seen["mlp_out"].reshape(x.shape), "layer_out": out}
 
@@ -84,6 +88,22 @@ class TorchLayer:
         return module.eval()
 
 
+class _EnoughError(Exception):
+    pass
+
+
+class _Seen(Taps):
+    """Taps, up to one that stops the forward pass."""
+
+    def __init__(self, until: str | None):
+        self.until = until
+
+    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+        super().__setitem__(name, value)
+        if name == self.until:
+            raise _EnoughError
+
+
 class _Experts:
     """Stands where GptOssExperts has a parameter: `weights[e]` is expert e, [in, out], in the dtype computed in."""
 
@@ -97,7 +117,7 @@ class _Experts:
         return one.T.contiguous().T if self.dtype == torch.bfloat16 else one
 
 
-def _decode(stored: Taps) -> Taps:
+def decode(stored: Taps) -> Taps:
     """The layer's state dict, packed experts decoded by transformers, one at a time to bound the memory."""
     state = {name: t for name, t in stored.items() if not name.endswith(("_blocks", "_scales"))}
     for name in (f"mlp.experts.{name}" for name in _EXPERTS):
@@ -108,6 +128,14 @@ def _decode(stored: Taps) -> Taps:
                 one = convert_moe_packed_tensors(blocks[e : e + 1], scales[e : e + 1], rows_per_chunk=_ROWS)
                 state[name][e] = one[0]
     return state
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------
+
+
+def gate_and_up(rows: torch.Tensor) -> torch.Tensor:
+    """[experts, 2·intermediate, …] with gate and up in turn -> [experts, 2, intermediate, …]."""
+    return rows.unflatten(1, (-1, 2)).transpose(1, 2)
 
 
 # --- NumPy at the border ---------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # tests run in two processes, and threads that wait for each other's core take ten times as long
 
 
 @pytest.fixture(scope="session")

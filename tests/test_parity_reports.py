@@ -47,7 +47,16 @@ def broken(healthy) -> Report:
         {"layer": 17, "token": t, "lost": [2, 6], "took": [0, 3], "margin": 1e-7, "explained": t != 130}
         for t in range(128, 170)
     ]
-    healthy.diagnosis = {"fault": "sliding window is 129, should be 128", "residual_before": 0.31, "residual_after": 4e-6}
+    healthy.diagnosis = {
+        "fault": "the sliding window is 129, should be 128",
+        "name": "window-one-long",
+        "layer": 16,
+        "tap": "attn_core",
+        "residual_before": 0.31,
+        "residual_after": 4e-6,
+        "fix": "a query sees `window` keys, itself included",
+        "others": [],
+    }
     healthy.incomplete = ["one reason", "another reason"]
     return healthy
 
@@ -146,7 +155,7 @@ def test_a_failing_page_says_where_what_and_why(broken):
         "✕ Diverged First divergence: layer 16, attn_core Worst token 0.31 , 3,100 times the gate; only tokens"
         in text.replace("0.31,", "0.31 ,")
     )
-    assert "Diagnosis: sliding window is 129, should be 128: residual 0.31 → 4.0e-6" in text
+    assert "Diagnosis: the sliding window is 129, should be 128: residual 0.31 → 4.0e-6" in text
     assert "one reason another reason" in text
     assert "layers.6.attn.sinks 1 of 64 values differ" in text
     assert "Expert flips not explained: 1 of 42." in text

@@ -1,0 +1,284 @@
+"""The catalogue of known mistakes, as data: what ports and converters of gpt-oss got wrong (and of models like it).
+
+`parity.torch_faults` makes each in the reference, to name what a port does; `parity.injection` and `parity.corruption`
+make each on the side that is judged, to test the harness. docs/faults.md is the page a person reads.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """A known mistake.
+
+    Attributes:
+      name: in the reports, in docs/faults.md and in the tables of what does it.
+      tap: the first one that shows it; "weights" for what is wrong in the checkpoint.
+      where: "layer", "sliding" or "full" (layers of that type), or "model" (outside the layers).
+      says: the diagnosis, a sentence.
+      seen: in what kind of port, or how it comes about.
+      fix: what to do.
+      equivalent: why it changes nothing that can be measured in float32; empty if it does.
+    """
+
+    name: str
+    tap: str
+    where: str
+    says: str
+    seen: str
+    fix: str
+    equivalent: str = ""
+
+
+def _layer(tap: str, *rows: tuple[str, str, str, str]) -> list[Fault]:
+    return [Fault(name, tap, "layer", says, seen, fix) for name, says, seen, fix in rows]
+
+
+CODE: list[Fault] = [
+    *_layer(
+        "attn_norm",
+        ("norm-one-plus-scale", "RMSNorm multiplies by 1 + scale, should be scale", "code of Gemma", "multiply by the stored scale"),
+        ("norm-unscaled", "RMSNorm leaves its scale out", "a scale that was never loaded", "multiply by the stored scale"),
+        ("norm-mean-subtracted", "the norm subtracts the mean: LayerNorm, should be RMSNorm", "code of GPT-2", "use RMSNorm"),
+        ("norm-missing", "the norm is left out", "post-norm code", "normalise before attention and before the experts"),
+        ("norm-scales-exchanged", "attention's and the experts' norm scales are exchanged",
+         "names: input_layernorm is attention's", "map input_layernorm to attn.norm, post_attention_layernorm to mlp.norm"),
+        ("norm-sum-of-squares", "the norm divides by the root of the sum, should be of the mean", "L2 normalisation",
+         "take the mean of the squares"),
+    ),
+    *_layer("q",
+        ("q-bias-missing", "q has no bias", "code of Llama, which has none", "add q_proj.bias"),
+        ("q-heads-transposed", "q's rows are read as [head_dim, heads], should be [heads, head_dim]",
+         "a reshape in the wrong order", "reshape rows to [heads, head_dim]"),
+    ),
+    *_layer("k",
+        ("k-bias-missing", "k has no bias", "code of Llama, or of Whisper, whose k has none", "add k_proj.bias"),
+        ("k-v-exchanged", "k and v are exchanged", "a fused qkv split as q, v, k", "split as q, k, v"),
+    ),
+    *_layer("v", ("v-bias-missing", "v has no bias", "code of Llama, which has none", "add v_proj.bias")),
+    *_layer("q_rope",
+        ("rope-neighbours", "RoPE rotates neighbours (2i, 2i+1), should rotate halves (i, i + head_dim/2)",
+         "code of GPT-J or of Meta's Llama", "split head_dim in two halves"),
+        ("rope-missing", "RoPE is not applied in this layer", "layers without positions, as in Llama 4 and SmolLM3",
+         "rotate q and k in every layer"),
+        ("rope-backwards", "RoPE turns the other way", "the sign of sin", "o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin"),
+        ("rope-half-of-head", "RoPE rotates half of head_dim, should rotate all", "partial_rotary_factor of GPT-NeoX or Phi",
+         "rotate all of head_dim"),
+        ("rope-one-late", "positions start at 1, should start at 0", "positions from a cumulative sum of the mask",
+         "subtract 1 from the sum"),
+    ),
+    *_layer("k_rope", ("rope-not-on-k", "k is not rotated", "a cache that is filled before RoPE", "rotate k before it is stored")),
+    Fault("window-one-long", "attn_core", "sliding", "the sliding window is {longer}, should be {window}", "k >= q - window",
+          "a query sees `window` keys, itself included: k > q - window"),
+    Fault("window-one-short", "attn_core", "sliding", "the sliding window is {shorter}, should be {window}", "counting the query itself apart",
+          "a query sees `window` keys, itself included: k > q - window"),
+    Fault("window-half", "attn_core", "sliding", "the sliding window is {half}, half of {window}",
+          "a window to both sides (flash-attention's window_size)", "give the window to the left only"),
+    Fault("window-missing", "attn_core", "sliding", "the sliding window is missing: the layer sees everything before",
+          "layer_types ignored, or read from odd layers", "even layers slide: take layer_types from the config"),
+    Fault("window-on-full-layer", "attn_core", "full", "a full-attention layer has the sliding window",
+          "layer_types ignored, or read from odd layers", "odd layers see everything: take layer_types from the config"),
+    *_layer("attn_core",
+        ("causal-mask-missing", "attention sees tokens that come later", "a mask of None", "mask keys after the query"),
+        ("self-not-seen", "a token does not see itself", "k < q in place of k <= q", "mask keys with k > q only"),
+        ("sinks-dropped", "the sinks are left out of the softmax", "a fused attention without them",
+         "add sinks[head] as one more logit, and drop its column after the softmax"),
+        ("sinks-zeroed", "the sinks are all zero", "softmax-plus-one, or sinks that were never loaded", "load attn.sinks"),
+        ("sinks-negated", "the sinks have the wrong sign", "a sink subtracted from the logits", "append the sink as a logit"),
+        ("sinks-head-order", "the sinks are in another order of heads", "heads as [groups, kv] in place of [kv, groups]",
+         "head h belongs to kv head h // groups"),
+        ("sinks-scaled", "the sinks are multiplied by 1/sqrt(head_dim)", "the scale applied after the sink was appended",
+         "scale q·k only"),
+        ("attention-unscaled", "attention's logits are not scaled", "a kernel that expects scaled queries",
+         "multiply by 1/sqrt(head_dim)"),
+        ("attention-scale-head-dim", "attention's logits are scaled by 1/head_dim, should be 1/sqrt(head_dim)",
+         "scaled twice", "multiply by 1/sqrt(head_dim) once"),
+        ("kv-heads-tiled", "query head h reads kv head h % kv, should be h // (heads / kv)", "tile in place of repeat",
+         "repeat each kv head for its group of query heads"),
+    ),
+    *_layer("attn_out",
+        ("o-bias-missing", "attention's output has no bias", "code of Llama, which has none", "add o_proj.bias"),
+        ("o-heads-transposed", "attention's output is flattened as [head_dim, heads], should be [heads, head_dim]",
+         "a missing transposition before the projection", "flatten as [heads, head_dim]"),
+    ),
+    *_layer("mlp_norm",
+        ("attention-residual-missing", "the residual around attention is missing", "wiring of the block", "x + attention(norm(x))"),
+        ("block-parallel", "the experts read the block's input, should read the stream after attention", "code of GPT-J or PaLM",
+         "attention first, then the experts"),
+    ),
+    *_layer("router_logits", ("router-bias-missing", "the router has no bias", "code of Mixtral, which has none", "add router.bias")),
+    *_layer("expert_choice",
+        ("router-top-k-less", "one expert too few is chosen", "experts_per_token", "take num_experts_per_tok from the config"),
+        ("router-top-k-more", "one expert too many is chosen", "experts_per_token", "take num_experts_per_tok from the config"),
+        ("router-lowest", "the experts of the lowest logits are chosen", "an ascending sort", "take the highest"),
+    ),
+    *_layer("expert_weights",
+        ("router-softmax-over-all", "expert weights are a softmax over all experts, not renormalised",
+         "code of Mixtral or Qwen without norm_topk_prob", "softmax over the chosen experts only"),
+        ("router-sigmoid", "expert weights are sigmoids", "code of DeepSeek-V3 or Llama 4", "softmax over the chosen experts"),
+        ("router-uniform", "every chosen expert has the same weight", "weights dropped on the way", "softmax over the chosen experts"),
+        ("router-weights-reversed", "expert weights belong to the experts in the opposite order", "an ascending sort",
+         "keep weights and experts in one order"),
+    ),
+    *_layer("mlp_out",
+        ("gate-up-exchanged", "gate and up are exchanged", "even rows are the gate, odd ones up", "gate = rows 0::2, up = rows 1::2"),
+        ("gate-up-halves", "gate and up are split in halves, should be interleaved", "code of every other model",
+         "gate = rows 0::2, up = rows 1::2"),
+        ("swiglu-alpha-one", "swiglu's alpha is 1, should be 1.702", "a plain SiLU", "gate * sigmoid(1.702 * gate)"),
+        ("swiglu-no-plus-one", "swiglu lacks the + 1 on up", "a plain SwiGLU", "(up + 1) * gate * sigmoid(alpha * gate)"),
+        ("swiglu-no-clamp", "swiglu does not clamp", "a plain SwiGLU", "gate at most limit, up within ±limit"),
+        ("swiglu-up-unclamped", "swiglu does not clamp up", "half of the clamp", "up within ±limit"),
+        ("swiglu-gate-unclamped", "swiglu does not clamp the gate", "half of the clamp", "gate at most limit"),
+        ("swiglu-limit-ten", "swiglu's limit is 10, should be swiglu_limit", "a hard-coded limit", "take swiglu_limit from the config"),
+        ("swiglu-gelu", "the gate goes through GELU, should be gate * sigmoid(alpha * gate)", "1.702 is also GELU's approximation",
+         "use the sigmoid as it is"),
+        ("gate-up-bias-missing", "gate and up have no bias", "code of Mixtral, which has none", "add gate_up.bias"),
+        ("down-bias-missing", "the experts' output has no bias", "code of Mixtral, which has none", "add down.bias"),
+        ("down-bias-unweighted", "the experts' output bias is not weighted by the router", "a bias added after the sum",
+         "add down.bias before the weight"),
+        ("weights-before-experts", "expert weights multiply the experts' input, should multiply the output", "code of Llama 4",
+         "weigh the output"),
+        ("weights-ignored", "expert weights are not applied", "a grouped product without them", "weigh each expert's output"),
+        ("weights-averaged", "the experts' sum is divided by their number", "a mean in place of the sum", "add"),
+        ("experts-off-by-one", "every token goes to the expert after its own", "indices from 1, or a padded expert 0",
+         "count experts from 0"),
+    ),
+    *_layer("layer_out",
+        ("mlp-residual-missing", "the residual around the experts is missing", "wiring of the block", "x + experts(norm(x))"),
+        ("mlp-residual-early", "the residual around the experts is the block's input, should be the stream after attention",
+         "a variable reused", "add to the stream after attention"),
+    ),
+]  # fmt: skip
+
+
+def _model(tap: str, *rows: tuple[str, str, str, str]) -> list[Fault]:
+    return [Fault(name, tap, "model", says, seen, fix) for name, says, seen, fix in rows]
+
+
+MODEL: list[Fault] = [
+    *_model("rope",
+        ("yarn-truncated", "YaRN's bounds are rounded (truncate), should not be", "the library's default where the config is silent",
+         "keep truncate: false"),
+        ("yarn-missing", "YaRN is missing: plain RoPE", "only one of rope_parameters and rope_scaling read", "read both dialects"),
+        ("yarn-linear", "every RoPE frequency is divided by the factor: position interpolation, should be YaRN",
+         "rope_type linear", "interpolate by YaRN's ramp"),
+        ("rope-theta", "rope_theta is 10000, should be the config's", "the default of other models", "take rope_theta from the config"),
+        ("yarn-concentration-missing", "YaRN's concentration is missing from cos and sin", "frequencies ported, the factor not",
+         "multiply cos and sin by 0.1 ln(factor) + 1"),
+        ("yarn-concentration-squared", "YaRN's concentration is applied twice", "to q·k, and to cos and sin too",
+         "multiply cos and sin by it, once"),
+        ("yarn-original-length", "YaRN counts from max_position_embeddings, should count from the original length",
+         "original_max_position_embeddings not read", "take it from rope_scaling"),
+        ("yarn-betas-exchanged", "YaRN's beta_fast and beta_slow are exchanged", "ntk_alpha is slow, ntk_beta is fast",
+         "beta_fast 32, beta_slow 1"),
+    ),
+    *_model("embedding",
+        ("embedding-scaled", "the embedding is multiplied by sqrt(hidden)", "code of Gemma", "use it as it is"),
+        ("embedding-one-off", "token ids are shifted by one", "a padding row at 0", "look token t up at row t"),
+    ),
+    *_model("final_norm",
+        ("final-norm-missing", "the last norm is left out", "hidden states taken before it", "normalise before lm_head"),
+        ("final-norm-one-plus-scale", "the last norm multiplies by 1 + scale", "code of Gemma", "multiply by the stored scale"),
+        ("final-norm-unscaled", "the last norm leaves its scale out", "a scale that was never loaded", "multiply by norm.scale"),
+    ),
+    *_model("logits",
+        ("lm-head-tied", "the logits come from the embedding, should come from lm_head", "tie_word_embeddings", "load lm_head.weight"),
+        ("logits-softcapped", "the logits are capped by tanh", "code of Gemma 2", "leave them as they are"),
+    ),
+]  # fmt: skip
+
+
+def _weights(*rows: tuple[str, str, str, str, str]) -> list[Fault]:
+    return [Fault(name, "weights", where, says, seen, fix) for name, where, says, seen, fix in rows]
+
+
+CHECKPOINT: list[Fault] = _weights(
+    ("weight-transposed", "layer", "its last two axes are transposed", "W·x against x·W; square in the real models, so shapes fit",
+     "transpose by layout, never by shape"),
+    ("weight-one-block", "layer", "one block of 32 values is wrong, all others are right", "a damaged file, or a lost write",
+     "verify-oss DST; convert again"),
+    ("weight-zeroed", "layer", "it is all zeros", "a tensor that was never written", "verify-oss DST; convert again"),
+    ("weight-rows-shifted", "layer", "its rows are shifted by one", "an offset into the file or into a fused tensor", "check the slices"),
+    ("weight-bytes-swapped", "layer", "the two bytes of each value are exchanged", "endianness", "safetensors is little-endian"),
+    ("weight-through-fp8", "layer", "its values were rounded to float8 (e4m3)", "a quantized copy used as the source",
+     "convert from the MXFP4 or bfloat16 files"),
+    ("bias-dropped", "layer", "it is all zeros", "a bias that was never loaded", "map every bias"),
+    ("sinks-shifted", "layer", "the sinks are shifted by a head", "an offset into the heads", "head h has sinks[h]"),
+    ("experts-permuted", "layer", "experts stand in another order", "files sorted by name: 10 before 2", "sort experts by number"),
+    ("weight-gate-up-halves", "layer", "gate and up were split in halves, are interleaved", "layouts of other models",
+     "gate = rows 0::2, up = rows 1::2"),
+    ("weight-gate-up-exchanged", "layer", "gate and up are exchanged", "odd rows taken as the gate", "gate = rows 0::2, up = rows 1::2"),
+    ("qkv-split-by-group", "layer", "the fused qkv was split by group of heads, should be all q, all k, all v",
+     "GPT-NeoX's and Megatron's layout", "rows 0:heads·d are q, then k, then v"),
+    ("qkv-k-v-exchanged", "layer", "k and v are exchanged", "a fused qkv split as q, v, k", "split as q, k, v"),
+    ("q-k-for-neighbours", "layer", "rows of each head are permuted for a RoPE that rotates neighbours",
+     "conversion scripts of Llama", "keep the rows: gpt-oss rotates halves"),
+    ("norm-scales-swapped", "layer", "attention's and the experts' norm scales are exchanged",
+     "names: input_layernorm is attention's", "map input_layernorm to attn.norm, post_attention_layernorm to mlp.norm"),
+    ("layers-exchanged", "layer", "the layer holds another layer's parameters", "layers sorted by name: 10 before 2",
+     "sort layers by number"),
+    ("embedding-lm-head-swapped", "model", "the embedding and lm_head are exchanged", "two tensors of one shape", "go by name"),
+    ("embedding-rows-shifted", "model", "its rows are shifted by one", "a padding row at 0", "row t is token t"),
+    ("nibbles-swapped", "layer", "MXFP4: the high nibble was read first", "other FP4 formats", "low nibble first"),
+    ("scale-off-by-one", "layer", "MXFP4: scales are twice what they should be", "a bias of 126", "2^(scale - 127)"),
+    ("scale-ignored", "layer", "MXFP4: scales were not applied", "codes looked up, nothing more", "multiply by 2^(scale - 127)"),
+    ("scale-linear", "layer", "MXFP4: scales were read as numbers, are exponents", "a multiplication by the byte", "2^(scale - 127)"),
+    ("scales-shifted", "layer", "MXFP4: each block has its neighbour's scale", "an offset into the scales", "one scale a block of 32"),
+    ("sign-lost", "layer", "MXFP4: signs are lost", "a table of 8 codes", "bit 3 is the sign"),
+    ("minus-zero-lost", "layer", "-0.0 became 0.0", "a cast, or arithmetic in place of a table", "harmless in use; a byte-exact copy keeps it"),
+)  # fmt: skip
+
+# Right in float32, by arithmetic that no test of behaviour can tell apart; each has its proof in tests/test_parity_faults.py.
+EQUIVALENT: list[Fault] = [
+    Fault("norm-cast-first", "attn_norm", "layer", "RMSNorm casts before it multiplies by its scale", "code of Llama",
+          "multiply in float32, then cast", "in float32 there is no cast; in bfloat16 the precision arm shows it"),
+    Fault("router-softmax-renormalised", "expert_weights", "layer", "expert weights are a softmax over all experts, renormalised",
+          "code of Mixtral", "nothing needs doing", "exp(a) / sum over the chosen of exp is the same quotient"),
+    Fault("sinks-softmax-rescaled", "attn_core", "layer", "the sink is applied after a softmax without it, by rescaling",
+          "fused attention with a log-sum-exp", "nothing needs doing", "softmax(a) · sigmoid(lse - sink) is the same quotient"),
+    Fault("mask-finite", "attn_core", "layer", "masked logits are -1e9, should be -inf", "most code",
+          "nothing needs doing", "exp(-1e9 - max) is 0 in float32"),
+    Fault("norm-eps", "attn_norm", "layer", "RMSNorm's eps is 1e-6, should be 1e-5", "the default of Llama",
+          "take rms_norm_eps from the config", "4.5e-6 of a stream whose mean square is 1; the gate is 1e-4"),
+]  # fmt: skip
+
+CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in (*CODE, *MODEL, *CHECKPOINT, *EQUIVALENT)}
+
+
+def at(tap: str) -> list[Fault]:
+    """The mistakes that show first at a tap."""
+    return [fault for fault in CATALOGUE.values() if fault.tap == tap and not fault.equivalent]
+
+
+def page() -> str:
+    """docs/faults.md."""
+    lines = [
+        "# Known mistakes",
+        "",
+        "What `check-parity` means when it names one. The tap is where the report first shows it: `weights` means that the",
+        "parameter itself differs, in the checkpoint; any other tap that the weights are right and the code is wrong.",
+        "This page is made from [`parity/faults.py`](../parity/faults.py) by `python -m parity.faults`.",
+        "",
+        "How a name is found: each mistake of the failing tap is made in the reference itself, by transformers' own code, and",
+        "the port is measured against that. The one that takes the residual down to noise is the one that was made. If none",
+        "does, the report says so, and which heads, experts and channels are wrong. `check-parity --self-test` puts each of",
+        "these into a right port, and expects it found, located and named.",
+    ]
+    groups: list[tuple[str, list[Fault]]] = [
+        ("In a layer's code", CODE), ("Outside the layers", MODEL), ("In the checkpoint", CHECKPOINT),
+    ]  # fmt: skip
+    where = {"sliding": " (sliding layers)", "full": " (full layers)"}
+    for title, faults in groups:
+        lines += ["", f"## {title}", "", "| name | shows at | what is wrong | usual cause | fix |", "|---|---|---|---|---|"]
+        for one in faults:
+            says = one.says.format(window="window", longer="window + 1", shorter="window - 1", half="window / 2")
+            cells = (f"`{one.name}`", f"`{one.tap}`{where.get(one.where, '')}", says, one.seen, one.fix)
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    lines += ["", "## Numerically equivalent", "", "These are right, and are not alarmed about; the proofs are in"]
+    lines += ["[`tests/test_parity_faults.py`](../tests/test_parity_faults.py).", ""]
+    lines += ["| name | what is done | why it makes no difference |", "|---|---|---|"]
+    lines += [f"| `{one.name}` | {one.says} | {one.equivalent} |" for one in EQUIVALENT]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

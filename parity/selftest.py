@@ -1,0 +1,216 @@
+"""The harness tested by injection: every mistake of the catalogue put into a right port, at several depths and seeds.
+
+A mistake must be found, at its layer and tap, and should be named; what is numerically equivalent, and right ports that
+compute in other orders, must not be alarmed about. Beside it, what today's practice lets pass: the cosine of the last
+token's logits on a short prompt.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from oss_model import ModelConfig
+from oss_model.synthetic import write_checkpoint
+from parity.candidate import Candidate
+from parity.comparison import compare
+from parity.corruption import SOURCE, corrupt_checkpoint, corrupt_source
+from parity.faults import CATALOGUE, Fault
+from parity.injection import INJECTIONS, Faulty
+from parity.prompts import random_prompt
+from parity.reference import Reference, ReferenceLayer
+from parity.report import Report
+from parity.sides import Oracle, Port
+
+# Today's check: this many tokens, and this cosine of the last one's logits.
+COSINE_TOKENS, COSINE = 8, 0.99
+HEALTHY: tuple[dict[str, Any], ...] = (
+    {},
+    {"expert_path": "scan"},
+    {"expert_path": "pairs"},
+    {"expert_path": "ragged"},
+    {"compiled": True},
+)
+Convert = Callable[..., Any]
+
+
+class Outcome(NamedTuple):
+    fault: str
+    layer: int | None
+    seed: int
+    found: bool
+    located: bool
+    named: bool
+    said: str  # what was named, and where, if it was not right
+    cosine_passes: bool  # whether the last token's cosine lets it pass
+
+
+@dataclasses.dataclass
+class SelfTest:
+    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    alarms: list[str] = dataclasses.field(default_factory=list)  # right ports, and equivalent ones, that did not pass
+    healthy: int = 0
+    equivalent: int = 0
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        right = all(outcome.found and outcome.located for outcome in self.outcomes)
+        return 0 if right and self.outcomes and not self.alarms else 4
+
+    def to_json(self) -> str:
+        found = {"exit_code": self.exit_code} | dataclasses.asdict(self)
+        return json.dumps(found | {"outcomes": [one._asdict() for one in self.outcomes]}, indent=2)
+
+    def table(self) -> str:
+        return "\n".join(self._rows())
+
+    def _rows(self) -> Iterator[str]:
+        count = len(self.outcomes)
+        known = {outcome.fault for outcome in self.outcomes}
+        yield f"self-test   {len(known)} mistakes, {count} runs"
+        for name in ("found", "located", "named"):
+            good = sum(getattr(outcome, name) for outcome in self.outcomes)
+            yield f"{name:<11} {good}/{count}   {good / max(count, 1):.1%}"
+        for outcome in self.outcomes:
+            if not (outcome.found and outcome.located and outcome.named):
+                where = "model" if outcome.layer is None else f"layer {outcome.layer}"
+                kind = "MISSED" if not outcome.found else "MISLOCATED" if not outcome.located else "not named"
+                yield f"  {kind:<11}{outcome.fault}, {where}, seed {outcome.seed}: {outcome.said}"
+        yield f"equivalent  {self.equivalent} runs, healthy {self.healthy} runs, {len(self.alarms)} alarms"
+        yield from (f"  ALARM      {alarm}" for alarm in self.alarms)
+        passed = sum(outcome.cosine_passes for outcome in self.outcomes)
+        yield (
+            f"beside it   the last token's cosine >= {COSINE} on {COSINE_TOKENS} tokens lets"
+            f" {passed}/{count} of these runs pass   {passed / max(count, 1):.1%}"
+        )
+        yield f"{'PASS' if self.exit_code == 0 else 'FAIL'}   {self.seconds:.0f} s"
+
+
+def self_test(
+    scratch: Path,
+    convert: Convert,
+    *,
+    cfg: ModelConfig | None = None,
+    seeds: int = 3,
+    depths: int = 3,
+    only: Callable[[Fault], bool] = lambda fault: True,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> SelfTest:
+    """Inject the catalogue.
+
+    Args:
+      scratch: an empty directory to work in.
+      convert: `converter.convert`.
+      cfg: of the model; the tiny one if None.
+      seeds: how many checkpoints and prompts, each its own.
+      depths: at how many layers: 1, the first; 2, the last too; 3, and one between.
+      only: which mistakes.
+      progress: called with (runs done, runs in all, what is being done).
+    """
+    torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
+    start, result, cfg = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny()
+    faults = [fault for fault in CATALOGUE.values() if only(fault)]
+    places = [(fault, n) for fault in faults for n in _layers(fault, cfg, depths)]
+    total, done = seeds * (len(places) + len(HEALTHY)), 0
+    for seed in range(seeds):
+        work = scratch / f"seed-{seed}"
+        source, checkpoint, packed = work / "source", work / "checkpoint", work / "packed"
+        write_checkpoint(source, cfg, seed=seed)
+        convert(source, checkpoint)
+        convert(source, packed, "mxfp4")
+        reference, read = _Kept(source), {}
+        usual = _last_logits(reference, seed)
+        for options in HEALTHY:
+            progress(done, total, "healthy")
+            report = compare(reference, Candidate(checkpoint, **options), seed=seed)
+            result.healthy += 1
+            if report.verdict != "pass":
+                result.alarms.append(f"healthy {options}, seed {seed}: {_said(report)}")
+            done += 1
+        for fault, n in places:
+            progress(done, total, fault.name)
+            if fault.name in INJECTIONS:
+                port, changed = Faulty(checkpoint, fault.name, n, read), []
+            else:
+                port, changed = _corrupted(fault, n, source, checkpoint, packed, work / f"wrong-{done}", convert)
+            report = compare(reference, port, seed=seed)
+            if fault.equivalent:
+                result.equivalent += 1
+                if report.verdict != "pass":
+                    result.alarms.append(f"{fault.name}, layer {n}, seed {seed}: {_said(report)}")
+            else:
+                result.outcomes.append(_judged(fault, n, seed, report, changed, _cosine(usual, _last_logits(port, seed))))
+            done += 1
+    result.seconds = time.monotonic() - start
+    return result
+
+
+class _Kept(Reference):
+    """A reference whose layers stay in memory, decoded."""
+
+    def layer(self, n: int) -> ReferenceLayer:
+        if n not in self.kept:
+            self.kept[n] = super().layer(n)
+        return self.kept[n]
+
+    def __init__(self, source: Path):
+        super().__init__(source)
+        self.kept: dict[int, ReferenceLayer] = {}
+
+
+def _layers(fault: Fault, cfg: ModelConfig, depths: int) -> list[int | None]:
+    """First, middle and last of the layers it can be in."""
+    if fault.where == "model":
+        return [None]
+    wanted = {"sliding": "sliding_attention", "full": "full_attention"}.get(fault.where)
+    fitting = [n for n, kind in enumerate(cfg.layer_types) if wanted in (None, kind)]
+    return list(dict.fromkeys([fitting[0], fitting[-1], fitting[len(fitting) // 2]][:depths]))
+
+
+def _corrupted(
+    fault: Fault, n: int | None, source: Path, checkpoint: Path, packed: Path, out: Path, convert: Convert
+) -> tuple[Port, list[str]]:
+    """A port of files with the mistake in them, and the parameters that differ by it."""
+    if fault.name in SOURCE:
+        assert n is not None
+        changed = corrupt_source(fault.name, source, out / "source", n)
+        convert(out / "source", out / "checkpoint")
+        return Candidate(out / "checkpoint"), changed
+    changed = corrupt_checkpoint(fault.name, checkpoint, out, n or 0, packed)
+    return Candidate(out), changed
+
+
+def _judged(fault: Fault, n: int | None, seed: int, report: Report, changed: list[str], cosine: float) -> Outcome:
+    where, found = report.first_divergence or {}, report.verdict == "fail"
+    differing = [weight.name for weight in report.weights if weight.note]
+    if changed:
+        first = None if n is None else min(int(name.split(".")[1]) for name in changed)
+        located = where.get("layer") == first and sorted(differing) == sorted(changed)
+    else:
+        located = where == {"layer": n, "tap": fault.tap}
+    named = report.diagnosis is not None and report.diagnosis["name"] == fault.name
+    said = "" if found and located and named else _said(report)
+    return Outcome(fault.name, n, seed, found, located, named, said, cosine >= COSINE)
+
+
+def _said(report: Report) -> str:
+    named = "nothing named" if report.diagnosis is None else report.diagnosis["name"]
+    return f"{named}, first divergence {report.first_divergence}"
+
+
+def _last_logits(side: Oracle | Port, seed: int) -> np.ndarray:
+    """What people check today: the whole model on a few tokens, the last token's logits."""
+    x = side.embed(random_prompt(side.sizes.vocab, COSINE_TOKENS, seed).tokens, np.dtype(np.float32))
+    for n in range(side.sizes.layers):
+        x = side.layer(n).run(x)["layer_out"]
+    return side.unembed(x)["logits"].reshape(COSINE_TOKENS, -1)[-1].astype(np.float64)
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

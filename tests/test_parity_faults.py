@@ -1,0 +1,235 @@
+"""The catalogue: every known mistake is found, located and named, equivalent ones are proved so, and the page lists all."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from converter import convert
+from oss_model import ModelConfig, layers, modeling, moe
+from parity import compare, faults, metrics, selftest
+from parity.candidate import Candidate
+from parity.cli import main
+from parity.corruption import CHECKPOINT, SOURCE
+from parity.injection import INJECTIONS, Faulty
+from parity.torch_faults import MODEL_TRIALS, TRIALS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_mistake_is_made_on_both_sides():
+    """One that only one side can make would be injected and never named, or named and never tested."""
+    injected = {fault.name for fault in (*faults.CODE, *faults.MODEL)}
+    assert injected | {fault.name for fault in faults.EQUIVALENT} == INJECTIONS.keys()
+    assert injected == TRIALS.keys() | MODEL_TRIALS.keys()
+    assert {fault.name for fault in faults.CHECKPOINT} == CHECKPOINT.keys() | SOURCE.keys()
+    assert len(faults.CATALOGUE) - len(faults.EQUIVALENT) >= 48
+    assert len(faults.CATALOGUE) == sum(map(len, (faults.CODE, faults.MODEL, faults.CHECKPOINT, faults.EQUIVALENT)))
+
+
+def test_the_page_is_that_of_the_catalogue():
+    assert (ROOT / "docs/faults.md").read_text(encoding="utf-8") == faults.page()
+    assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == faults.CATALOGUE.keys()
+
+
+def self_test(tmp_path, only):
+    small = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
+    return selftest.self_test(tmp_path, convert, cfg=small, seeds=1, depths=1, only=only)
+
+
+@pytest.mark.parametrize("component", ["code", "model and checkpoint"])
+def test_every_mistake_is_found_located_and_named(tmp_path, component):
+    """At one layer and seed; `check-parity --self-test` goes on to more of both."""
+    code = {fault.name for fault in faults.CODE}
+    result = self_test(tmp_path, lambda fault: (fault.name in code) == (component == "code"))
+    assert result.exit_code == 0, result.table()
+    assert all(outcome.named for outcome in result.outcomes), result.table()
+    assert len(result.outcomes) >= 40
+    assert result.healthy == len(selftest.HEALTHY)
+    assert result.equivalent == (0 if component == "code" else len(faults.EQUIVALENT))
+
+
+# --- the self-test can fail -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_healthy_run(monkeypatch):
+    monkeypatch.setattr(selftest, "HEALTHY", ({},))
+
+
+def only(*names):
+    return lambda fault: fault.name in names
+
+
+def test_a_mistake_that_is_missed_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
+    monkeypatch.setattr(metrics, "SEMANTICS_GATE", 10.0)
+    monkeypatch.setattr(metrics, "FREE_RUN_GATE", 10.0)
+    monkeypatch.setattr(metrics, "FLIP_MARGIN", 1e9)
+    result = self_test(tmp_path, only("sinks-zeroed"))
+    assert result.exit_code == 4
+    assert "MISSED" in result.table()
+
+
+def test_a_mistake_found_elsewhere_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
+    monkeypatch.setitem(faults.CATALOGUE, "sinks-zeroed", faults.CATALOGUE["sinks-zeroed"]._replace(tap="attn_out"))
+    result = self_test(tmp_path, only("sinks-zeroed"))
+    assert result.exit_code == 4
+    assert "MISLOCATED sinks-zeroed, layer 0, seed 0" in result.table()
+
+
+def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
+    monkeypatch.setattr(metrics, "SEMANTICS_GATE", 1e-9)
+    result = self_test(tmp_path, only("norm-eps", "q-bias-missing"))
+    assert result.exit_code == 4
+    assert len(result.alarms) == 2
+
+
+def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
+    monkeypatch.setattr(faults, "CATALOGUE", {name: faults.CATALOGUE[name] for name in ("sinks-zeroed",)})
+    monkeypatch.setattr(selftest, "CATALOGUE", faults.CATALOGUE)
+    run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
+    assert (run.exit_code, run.stdout.splitlines()[0]) == (0, "self-test   1 mistakes, 9 runs")
+    assert json.loads((tmp_path / "out.json").read_text())["exit_code"] == 0
+    run = CliRunner().invoke(main, ["--self-test", str(sources["hf"]), "--html", str(tmp_path / "x.html")])
+    assert (run.exit_code, len(run.stderr.splitlines())) == (2, 2)
+
+
+# --- what the diagnosis says ------------------------------------------------------------------------------------
+
+
+def wrong_config(tmp_path, checkpoint, edit):
+    shutil.copytree(checkpoint, tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    edit(config)
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "wrong"
+
+
+def test_a_wrong_window_is_named_with_both_numbers(tmp_path, sources, checkpoints):
+    wrong = wrong_config(tmp_path, checkpoints["bfloat16"], lambda config: config.update(sliding_window=12))
+    report = compare(sources["hf"], wrong)
+    assert report.first_divergence == {"layer": 0, "tap": "attn_core"}
+    assert report.diagnosis["fault"] == "the sliding window is 12, should be 11"
+    assert report.diagnosis["residual_before"] > 0.1
+    assert report.diagnosis["residual_after"] < 4e-6
+    (row,) = [row for row in report.table().splitlines() if "first" in row and "FAIL" in row]
+    assert "only tokens >= 11" in row
+    assert "diagnosis: the sliding window is 12, should be 11: residual" in report.table()
+
+
+@pytest.mark.parametrize(
+    ("edit", "first", "name"),
+    [
+        (lambda c: c["rope_scaling"].update(truncate=True), {"layer": None, "tap": "rope"}, "yarn-truncated"),
+        (
+            lambda c: c.update(num_experts_per_tok=3, experts_per_token=3),
+            {"layer": 0, "tap": "expert_choice"},
+            "router-top-k-less",
+        ),
+        (lambda c: c.update(layer_types=["full_attention"] * 5), {"layer": 0, "tap": "attn_core"}, "window-missing"),
+    ],
+)
+def test_mistakes_of_config_json(tmp_path, sources, checkpoints, edit, first, name):
+    report = compare(sources["hf"], wrong_config(tmp_path, checkpoints["bfloat16"], edit))
+    assert (report.first_divergence, report.diagnosis["name"]) == (first, name)
+
+
+def test_a_limit_of_its_own_is_found(tmp_path, sources, checkpoints):
+    """Known in kind, not in size: nothing collapses, and the report says which parts are wrong."""
+    wrong = wrong_config(tmp_path, checkpoints["bfloat16"], lambda config: config.update(swiglu_limit=1.0))
+    report = compare(sources["hf"], wrong)
+    assert report.first_divergence == {"layer": 0, "tap": "mlp_out"}
+    assert report.diagnosis is None
+    assert "none of the" in report.table()
+
+
+def test_the_pattern_of_a_mistake_nobody_has_made_before(monkeypatch, sources, checkpoints):
+    attend = layers.sink_attention
+    monkeypatch.setattr(modeling, "sink_attention", lambda *args: attend(*args).at[:, :, 3].multiply(1.1))
+    report = compare(sources["hf"], checkpoints["bfloat16"])
+    assert report.diagnosis is None
+    assert report.pattern == "head 3 of 14; all channels"
+    assert "known mistakes of this place explains it; head 3 of 14; all channels" in report.table()
+    assert json.loads(report.to_json())["pattern"] == report.pattern
+
+
+def test_wrong_wiring_that_no_single_component_shows_fails_the_free_run(monkeypatch, sources, checkpoints):
+    """A block that is run twice: each component is right, fed the right input."""
+    call = modeling.TransformerBlock.__call__
+    monkeypatch.setattr(
+        modeling.TransformerBlock, "__call__", lambda self, x, *rest: call(self, call(self, x, *rest)[0], *rest)
+    )
+    assert compare(sources["hf"], checkpoints["bfloat16"]).free_run["verdict"] == "fail"
+
+
+def test_below_two_windows_a_wrong_window_does_not_show(tmp_path, sources, checkpoints):
+    """Which is why a prompt that short cannot pass."""
+    wrong = wrong_config(tmp_path, checkpoints["bfloat16"], lambda config: config.update(sliding_window=12))
+    report = compare(sources["hf"], wrong, layers=True, tokens=11)
+    assert report.exit_code == 3
+    assert report.incomplete == ["11 tokens, but faults of the sliding window (11) only show from 22 on: use --tokens 22"]
+
+
+# --- proofs that what is called equivalent is -------------------------------------------------------------------
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_casting_before_the_scale_is_nothing_in_float32(cfg):
+    norm = layers.RMSNorm(cfg)
+    x = jnp.asarray(rng().normal(size=(1, 6, cfg.hidden_size)), jnp.float32)
+    unscaled = norm(x)
+    norm.scale.set_value(jnp.asarray(rng().normal(size=cfg.hidden_size), norm.scale[...].dtype))
+    cast_first = unscaled.astype(x.dtype) * norm.scale[...].astype(x.dtype)[None, None]
+    np.testing.assert_array_equal(norm(x), cast_first)
+
+
+def test_a_softmax_over_all_renormalised_is_one_over_the_chosen():
+    logits = jnp.asarray(rng().normal(size=(50, 9)) * 4, jnp.float32)
+    choice = moe.choose(logits, 4)
+    all_of_them = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), choice, axis=-1)
+    again = all_of_them / all_of_them.sum(-1, keepdims=True)
+    np.testing.assert_allclose(moe.weigh(logits, choice), again, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["sinks-softmax-rescaled", "mask-finite"])
+def test_other_forms_of_the_sink_and_the_mask(cfg, name):
+    owner, attribute, make = INJECTIONS[name].patch
+    other = make(getattr(owner, attribute))
+    shape = (2, 30, cfg.num_attention_heads, cfg.head_dim)
+    q = jnp.asarray(rng().normal(size=shape) * 3, jnp.float32)
+    k, v = (jnp.asarray(rng().normal(size=(2, 30, cfg.num_key_value_heads, cfg.head_dim)), jnp.float32) for _ in "kv")
+    sinks = jnp.asarray(rng().normal(size=cfg.num_attention_heads) * 3, jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(30, dtype=jnp.int32)[None], (2, 30))
+    visible = layers.visibility(positions, positions, cfg.sliding_window)
+    want = layers.sink_attention(q, k, v, sinks, visible)
+    np.testing.assert_allclose(other(q, k, v, sinks, visible), want, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+def test_an_eps_of_1e_6_is_half_its_difference_over_the_mean_square(cfg):
+    """x / sqrt(m + eps): the relative change is (1e-5 - 1e-6) / 2m, below the gate for streams of m = 0.05 and more."""
+    right, wrong = layers.RMSNorm(cfg), layers.RMSNorm(dataclasses.replace(cfg, rms_norm_eps=1e-6))
+    for mean_square in (0.05, 1.0, 25.0):
+        x = rng().normal(size=(1, 6, cfg.hidden_size))
+        x = jnp.asarray(x * np.sqrt(mean_square / (x * x).mean(-1, keepdims=True)), jnp.float32)
+        error = metrics.token_rel_l2(np.asarray(wrong(x)), np.asarray(right(x))).max()
+        assert error == pytest.approx(4.5e-6 / mean_square, rel=0.1)
+        assert error < metrics.SEMANTICS_GATE
+
+
+def test_injected_mistakes_stay_in_their_layer(checkpoints, prompt):
+    """Else the self-test would test less than it says."""
+    right, wrong = Candidate(checkpoints["bfloat16"]), Faulty(checkpoints["bfloat16"], "sinks-zeroed", 2)
+    x = right.embed(prompt, np.dtype(np.float32))
+    for n in range(5):
+        same = np.array_equal(right.layer(n).run(x)["attn_core"], wrong.layer(n).run(x)["attn_core"])
+        assert same == (n != 2)
