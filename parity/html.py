@@ -104,6 +104,11 @@ def _also(report: Report) -> list[str]:
     found = []
     if unexplained := sum(not flip["explained"] for flip in report.flips):
         found.append(f"Expert flips not explained: {unexplained} of {len(report.flips)}.")
+    if wrong := [gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"]:
+        names = f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''}"
+        found.append(f"Gradients beyond their bound: {len(wrong)} of {len(report.gradients)}: {names}.")
+    elif report.gradients:
+        found.append(f"Gradients of all {len(report.gradients)} parameters are within their bound.")
     if report.precision in ("warn", "fail"):
         worst = max(report.taps, key=lambda tap: tap.port_over_reference or 0.0)
         where = "" if worst.layer is None else f"layer {worst.layer}, "

@@ -31,6 +31,11 @@ def render(report: Report) -> str:
         )
     if report.precision is not None:
         _precision(suite, report)
+    if report.gradients:
+        case = _case(suite, "check-parity", "gradients")
+        wrong = [f"{one['name']}: {one['relative_l2']:.3e}" for one in report.gradients if one["verdict"] == "fail"]
+        if wrong:
+            _outcome(case, "failure", f"beyond their bound: {len(wrong)} of {len(report.gradients)} gradients", wrong)
     complete = _case(suite, "check-parity", "complete")
     if report.incomplete:
         _outcome(complete, "error", report.incomplete[0], report.incomplete)

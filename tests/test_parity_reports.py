@@ -61,6 +61,20 @@ def broken(healthy) -> Report:
     return healthy
 
 
+def test_wrong_gradients_alone_are_seen_everywhere(healthy):
+    right = {"name": "norm.scale", "relative_l2": 1e-5, "verdict": "ok"}
+    healthy.gradients = [right, {"name": "layers.3.attn.sinks", "relative_l2": 0.5, "verdict": "fail"}]
+    assert healthy.verdict == "fail"
+    assert "gradients  2 parameters, worst 5.0e-01, layers.3.attn.sinks   FAIL" in healthy.table()
+    failed = [
+        case.get("name") for case in ET.fromstring(junit.render(healthy)).iter("testcase") if case.find("failure") is not None
+    ]
+    assert failed == ["gradients"]
+    assert "Gradients beyond their bound: 1 of 2: layers.3.attn.sinks." in Page(page.render(healthy)).text
+    healthy.gradients = [right]
+    assert "Gradients of all 1 parameters are within their bound." in Page(page.render(healthy)).text
+
+
 # --- JUnit ------------------------------------------------------------------------------------------------------
 
 
