@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from parity.recording import Recording
@@ -48,8 +49,15 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
+@click.pass_context
 def main(
-    source: Path | None, checkpoint: Path | None, prompt_file: Path | None, golden: Path | None, self_test: bool, **options
+    context: click.Context,
+    source: Path | None,
+    checkpoint: Path | None,
+    prompt_file: Path | None,
+    golden: Path | None,
+    self_test: bool,
+    **options,
 ):
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
@@ -80,8 +88,8 @@ def main(
             options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
         with tempfile.TemporaryDirectory() as scratch:
             if self_test:
-                raise_all([*faults, *_not_for_self_test(source, files)])
-                sys.exit(_self_test(Path(scratch), files.get("json")))
+                raise_all([*faults, *_not_for_self_test(context)])
+                sys.exit(_self_test(Path(scratch), files))
             try:
                 pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
                 if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
@@ -135,14 +143,13 @@ def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tupl
     return Recording(golden), given[0]
 
 
-def _not_for_self_test(source: Path | None, files: dict[str, Path]) -> list[str]:
-    faults = [f"--self-test: writes its outcome as --json only, found --{form}" for form in files if form != "json"]
-    if source is not None:
-        faults.append(f"--self-test: makes checkpoints of its own, found {source}; leave it out")
-    return faults
+def _not_for_self_test(context: click.Context) -> list[str]:
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    others = [name for name in given if name not in ("self_test", "json")]
+    return [f"--self-test: makes everything by itself, found {name.replace('_', '-')}; leave it out" for name in others]
 
 
-def _self_test(scratch: Path, file: Path | None) -> int:
+def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
     from converter import convert
     from parity.selftest import self_test
@@ -150,8 +157,7 @@ def _self_test(scratch: Path, file: Path | None) -> int:
     with _progress_bar() as progress:
         result = self_test(scratch, convert, progress=progress)
     click.echo(result.table())
-    if file is not None:
-        file.write_text(result.to_json() + "\n", encoding="utf-8")
+    _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code
 
 
@@ -210,14 +216,23 @@ def _misplaced(files: dict[str, Path]) -> list[str]:
 
 
 def _write(report: "Report", files: dict[str, Path]) -> None:
-    from oss_model.errors import raise_all
     from parity import html, junit
 
-    render = {"json": lambda report: report.to_json() + "\n", "junit": junit.render, "html": html.render}
+    render = {
+        "json": lambda: report.to_json() + "\n",
+        "junit": lambda: junit.render(report),
+        "html": lambda: html.render(report),
+    }
+    _write_each({form: (file, render[form]) for form, file in files.items()})
+
+
+def _write_each(files: dict[str, tuple[Path, Callable[[], str]]]) -> None:
+    from oss_model.errors import raise_all
+
     faults = []
-    for form, file in files.items():
+    for file, render in files.values():
         try:
-            file.write_text(render[form](report), encoding="utf-8")
+            file.write_text(render(), encoding="utf-8")
             click.echo(f"report {file}", err=True)
         except OSError as e:
             faults.append(f"{file}: could not be written ({e.strerror}); the comparison itself is done, see above")

@@ -84,14 +84,15 @@ def compare(
         check_free_memory(port)  # type: ignore[arg-type]
     window = oracle.sizes.window
     if isinstance(oracle, Recording):
-        _check_recording(oracle, port, dtype, gradients)
+        _check_recording(oracle, port, dtype, gradients, layers)
         prompt = oracle.prompt if prompt is None and tokens is None else prompt
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
     if max_memory is not None:
-        check_memory(port, *prompt.tokens.shape, max_memory)  # type: ignore[arg-type]
+        check_memory(port, prompt.tokens.shape, max_memory, gradients)
     if record is not None:
-        oracle = Recorder(oracle, record, prompt, {"source": str(source), "dtype": "float32", "versions": _versions()})
+        described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
+        oracle = Recorder(oracle, record, prompt, described)
     longest = int(prompt.valid.sum(axis=1).max())
     names = str(getattr(source, "source", source)), str(getattr(checkpoint, "path", checkpoint))
     report = Report(*names, _title(oracle), longest, seed, layers, dtype)
@@ -291,8 +292,10 @@ class _Run:
         self.judge.tap(n, "mlp_out", have, want, note)
 
 
-def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bool) -> None:
+def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bool, layers: bool) -> None:
     faults = []
+    if layers and not recording.manifest["layers"]:
+        faults.append(f"{recording.directory}: recorded without --layers; record it again, or leave --layers out")
     if recording.sizes != port.sizes and recording.sizes.layers != port.sizes.layers:
         faults.append(f"{recording.directory}: recorded of another model: {recording.sizes}, the checkpoint has {port.sizes}")
     elif not recording.is_of(port):

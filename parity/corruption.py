@@ -66,7 +66,11 @@ def _walk(node: Any, path: tuple[str, ...]):
 
 
 def _layer(change: Callable[[np.ndarray], np.ndarray], *names: str) -> Callable[[Tree, int], Tree]:
-    return lambda tree, n: {f"layers.{n}.{name}": change(tree[f"layers.{n}.{name}"]) for name in names}
+    def apply(tree: Tree, n: int) -> Tree:
+        full = (f"layers.{n}.{name}" for name in names)
+        return {name: change(tree[name]) for name in full if name in tree}
+
+    return apply
 
 
 def _exchanged(*pairs: tuple[str, str]) -> Callable[[Tree, int], Tree]:
@@ -147,7 +151,7 @@ def _scales_as_numbers(tree: Tree, n: int) -> Tree:
     return found
 
 
-_EXPERTS = ("mlp.gate_up.weight", "mlp.gate_up.bias", "mlp.down.weight", "mlp.down.bias")
+_EXPERTS = tuple(f"mlp.{name}.{leaf}" for name in ("gate_up", "down") for leaf in ("weight", "blocks", "scales", "bias"))
 _GATE_UP = ("mlp.gate_up.weight", "mlp.gate_up.bias")
 
 CHECKPOINT: dict[str, Callable[[Tree, int], Tree]] = {

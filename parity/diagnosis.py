@@ -1,5 +1,6 @@
 """Which known mistake explains the first divergence: each is made in the reference, and the residual measured again."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -22,10 +23,14 @@ class Diagnosis:
         self.sizes = {"window": window, "longer": window + 1, "shorter": window - 1, "half": window // 2}
 
     def parameter(self, expected: Expected, got: np.ndarray) -> None:
-        """Of a parameter that is not what it should be."""
-        if not self.done:
-            tried = [(name, before, after) for name, before, after in expected.suspects(got)]
-            self._conclude(None, expected.name, tried, 0.01, "")
+        """Of a parameter that is not what it should be. One that was trained is not explained, and is not the end of it."""
+        if self.done or self.report.tried:
+            return
+        tried = []
+        with contextlib.suppress(Exception):  # a mistake that cannot be tried on this parameter must not end the run
+            tried.extend(expected.suspects(got))
+        self._conclude(None, expected.name, tried, 0.01, "")
+        self.done = self.report.diagnosis is not None
 
     def tap(self, n: int, tap: str, oracle: OracleLayer, x: np.ndarray, taps: Arrays, got: np.ndarray) -> None:
         """Of a layer's tap that fails on the reference's inputs `taps`."""
@@ -61,13 +66,19 @@ class Diagnosis:
     def _try(
         self, tap: str, make: Callable[[str], np.ndarray | None], measure: Callable[[np.ndarray], float], before: float
     ) -> list[tuple[str, float, float]]:
-        made = ((fault.name, make(fault.name)) for fault in faults.at(tap))
-        return [(name, before, measure(value)) for name, value in made if value is not None]
+        tried = []
+        for fault in faults.at(tap):
+            with contextlib.suppress(Exception):  # such as one expert more of a model that has no more
+                made = make(fault.name)
+                if made is not None:
+                    tried.append((fault.name, before, measure(made)))
+        return tried
 
     def _conclude(
         self, layer: int | None, tap: str, tried: Iterable[tuple[str, float, float]], gate: float, where: str
     ) -> None:
         self.done = True
+        self.report.explained = tap if layer is None else f"layer {layer} {tap}"
         tried = sorted(tried, key=lambda one: one[2])
         found = [one for one in tried if one[2] <= gate and one[2] * COLLAPSE <= one[1]]
         self.report.pattern = where
@@ -92,15 +103,17 @@ def pattern(tap: str, got: np.ndarray, taps: Arrays, judge: Judge) -> str:
     want = taps[tap]
     if got.size != want.size or tap in ("expert_choice", "expert_weights", "router_logits"):
         return ""
-    scale = 1e-4 * float(np.abs(want).max())
-    wrong = np.asarray(np.abs(got.reshape(want.shape).astype(np.float32) - want) > scale + 1e-3 * np.abs(want))
+    apart = np.abs(got.reshape(want.shape).astype(np.float32) - want)
+    right = apart <= 1e-4 * float(np.abs(want).max()) + 1e-3 * np.abs(want)  # NaN is not
+    wrong = np.logical_not(right).reshape(-1, *want.shape[2:] if want.ndim > 2 else want.shape[1:])
+    tokens = judge.prompt.valid.reshape(-1)
+    wrong = wrong[tokens]
     found = []
     if tap in _HEADS:
-        found.append(_which("head", np.any(wrong, axis=(0, 1, 3))))
+        found.append(_which("head", np.any(wrong.reshape(len(wrong), wrong.shape[1], -1), axis=(0, 2))))
     if tap == "mlp_out":
-        tokens = np.any(wrong.reshape(-1, want.shape[-1]), axis=-1)
-        choice = taps["expert_choice"]
-        share = [tokens[(choice == e).any(-1)] for e in range(int(choice.max()) + 1)]
+        bad, choice = np.any(wrong, axis=-1), taps["expert_choice"][tokens]
+        share = [bad[(choice == e).any(-1)] for e in range(taps["router_logits"].shape[-1])]
         found.append(_which("expert", np.array([used.size > 0 and bool(used.all()) for used in share])))
     found.append(_which("channel", np.any(wrong, axis=tuple(range(wrong.ndim - 1)))))
     return "; ".join(part for part in found if part)

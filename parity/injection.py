@@ -158,6 +158,12 @@ def _rms(self: Any, x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...].astype(x.dtype)[None, None]
 
 
+def _cast_first(self: Any, x: jax.Array) -> jax.Array:
+    f = x.astype(jnp.float32)
+    f = f * jax.lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + self.eps)
+    return f.astype(x.dtype) * self.scale[...].astype(x.dtype)[None, None]
+
+
 def _attention(change: Callable[..., tuple]) -> Injection:
     """`change(q, k, v, sinks, visible)` gives what attention is computed from instead."""
     return _code(modeling, "sink_attention", lambda right: lambda *given: right(*change(*given)))
@@ -346,11 +352,7 @@ _SCALES = ("attn.norm.scale", "mlp.norm.scale")
 
 INJECTIONS: dict[str, Injection] = {
     # Numerically equivalent: see `parity.faults.EQUIVALENT`.
-    "norm-cast-first": _norm(
-        lambda self, x: (
-            _rms(self, x) / self.scale[...].astype(x.dtype)[None, None] * self.scale[...].astype(x.dtype)[None, None]
-        )
-    ),
+    "norm-cast-first": _norm(_cast_first),
     "router-softmax-renormalised": _weigh(_renormalised),
     "sinks-softmax-rescaled": _code(modeling, "sink_attention", _rescaled),
     "mask-finite": _code(modeling, "sink_attention", _finite_mask),

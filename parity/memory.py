@@ -8,6 +8,7 @@ from oss_model.memory import rss
 
 if TYPE_CHECKING:
     from parity.candidate import Candidate
+    from parity.sides import Port
 
 # What libraries, compiled code and allocators keep beyond what is counted: measured on tiny, 20b and 120b sizes.
 SLACK_BYTES = 384 << 20
@@ -38,15 +39,21 @@ def least_memory(candidate: "Candidate", batch: int, length: int) -> int:
     return rss() + SLACK_BYTES + min(FRAGMENTS_BYTES, ours) + max(first, reading, layer, last)
 
 
-def check_memory(candidate: "Candidate", batch: int, length: int, max_memory: int) -> None:
-    """Before the long part.
+def check_memory(port: "Port", prompt: tuple[int, ...], max_memory: int, gradients: bool) -> None:
+    """Before the long part. `prompt` is [batch, length].
 
     Raises:
       InputError: if it takes more than `max_memory` bytes.
     """
-    need = least_memory(candidate, batch, length)
+    if not hasattr(port, "cfg"):
+        raise InputError("--max-memory: expected a checkpoint of ours, found another port, whose needs are not known")
+    candidate: Candidate = port  # type: ignore[assignment]
+    need = least_memory(candidate, *prompt)
+    if gradients:
+        values = (math.prod(shape) * (2 if name.endswith(".blocks") else 1) for name, (shape, _) in candidate.stored.items())
+        need = max(need, rss() + SLACK_BYTES + 16 * sum(values))  # both sides' parameters and gradients in float32
     if need > max_memory:
         raise InputError(
-            f"--max-memory: expected at least {math.ceil(need / 2**20)}M for this checkpoint and {batch * length} tokens,"
+            f"--max-memory: expected at least {math.ceil(need / 2**20)}M for this checkpoint and {math.prod(prompt)} tokens,"
             f" found {max_memory >> 20}M; fewer tokens take a little less, a checkpoint in mxfp4 takes the most off"
         )

@@ -81,7 +81,8 @@ class Recorder:
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         found = self.oracle.embed(tokens, dtype)
-        self.write("embedding", {"embedding": found})
+        if dtype == np.float32:  # the precision arm's are not the oracle's
+            self.write("embedding", {"embedding": found})
         return found
 
     def layer(self, n: int) -> "_RecordedLayer":
@@ -89,7 +90,8 @@ class Recorder:
 
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         found = self.oracle.unembed(x, forced)
-        self.write("logits", found)
+        if x.dtype == np.float32:
+            self.write("logits", found)
         return found
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,7 +123,8 @@ class _RecordedLayer:
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         found = self.inner.run(x, forced)
-        self.recorder.write(f"layer-{self.n:03d}", {name: found[name] for name in LAYER_TAPS if name not in DERIVED})
+        if x.dtype == np.float32:
+            self.recorder.write(f"layer-{self.n:03d}", {name: found[name] for name in LAYER_TAPS if name not in DERIVED})
         return found
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:

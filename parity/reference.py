@@ -92,13 +92,17 @@ class Reference:
                 name.removesuffix("_blocks") if t.dim() == 3 and t.is_floating_point() else name: t
                 for name, t in tensors.items()
             }
-        prefix = f"block.{n}."
-        tensors = {new: self._get(prefix + old) for old, new in _OPENAI_LAYER.items()}
-        rows = self.config.head_dim * torch.tensor([self.config.num_attention_heads] + [self.config.num_key_value_heads] * 2)
-        for leaf in ("weight", "bias"):
-            parts = self._get(f"{prefix}attn.qkv.{leaf}").split(rows.tolist())
-            tensors |= {f"self_attn.{p}_proj.{leaf}": part for p, part in zip("qkv", parts, strict=True)}
-        return tensors
+        fused = (f"self_attn.{part}_proj.{leaf}" for part in "qkv" for leaf in ("weight", "bias"))
+        return {name: self._original_tensor(n, name) for name in (*_OPENAI_LAYER.values(), *fused)}
+
+    def _original_tensor(self, n: int, name: str) -> torch.Tensor:
+        """A tensor of layer n of OpenAI's original, by transformers' name; q, k and v out of the fused one."""
+        _, projection, *leaf = name.split(".")
+        if projection not in ("q_proj", "k_proj", "v_proj"):
+            theirs = {hf: openai for openai, hf in _OPENAI_LAYER.items()}
+            return self._get(f"block.{n}.{theirs[name]}")
+        q, kv = (self.config.head_dim * h for h in (self.config.num_attention_heads, self.config.num_key_value_heads))
+        return self._get(f"block.{n}.attn.qkv.{leaf[0]}").split([q, kv, kv])["qkv".index(projection[0])]
 
     def outer_state(self) -> Taps:
         """What lies outside the layers, as stored, by transformers' names."""
@@ -115,7 +119,8 @@ class Reference:
 
     def parameter_of(self, n: int, name: str) -> torch.Tensor:
         """A parameter of layer n that is no expert's, by its name in an Orbax checkpoint of ours without the layer."""
-        tensors = self.stored_layer(n) if self.original else _Lazily(lambda key: self._get(f"model.layers.{n}.{key}"))
+        read = self._original_tensor if self.original else lambda n, key: self._get(f"model.layers.{n}.{key}")
+        tensors = _Lazily(lambda key: read(n, key))
         return next(tensor for found, tensor in as_in_orbax(self.config, n, tensors) if found == f"layers.{n}.{name}")
 
     def _expected(self, n: int | None, name: str, want: torch.Tensor) -> Expected:
@@ -185,7 +190,7 @@ class ReferenceLayer(TorchLayer):
         for name, tensor in as_in_orbax(self.config, self.n, tensors):
             yield self.reference._expected(self.n, name, tensor)
 
-    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray:
+    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
         return torch_faults.run_with(fault, self, x, forced, tap)
 
 

@@ -61,6 +61,7 @@ class Report:
     diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after", ...}: what explains it
     pattern: str = ""  # of the first divergence: which heads, experts, channels
     tried: int = 0  # known mistakes that were tried on it
+    explained: str = ""  # where: "layer 3 attn_core", or a parameter's name
     incomplete: list[str] = dataclasses.field(default_factory=list)  # why it can't say PASS
     peak_rss_bytes: int = 0
     seconds: float = 0.0
@@ -109,6 +110,7 @@ class Report:
             "first_divergence": self.first_divergence,
             "diagnosis": self.diagnosis,
             "pattern": self.pattern,
+            "tried": self.tried,
             "source": self.source,
             "checkpoint": self.checkpoint,
             "tokens": self.tokens,
@@ -228,9 +230,11 @@ def _diagnosis_rows(report: Report) -> Iterable[str]:
         yield f"  to do: {found['fix']}"
         if found["others"]:
             yield f"  as well as: {', '.join(other['name'] for other in found['others'])}"
-    elif report.tried:
+    elif report.explained:
         pattern = f"; {report.pattern}" if report.pattern else ""
-        yield f"diagnosis: none of the {report.tried} known mistakes of this place explains it{pattern}"
+        why = f"none of the {report.tried} known mistakes of this place explains it"
+        why = why if report.tried else "no known mistake could be tried here; it takes SRC and PyTorch"
+        yield f"diagnosis: {report.explained}: {why}{pattern}"
 
 
 def _healthy(taps: list[TapResult]) -> bool:

@@ -35,8 +35,10 @@ class Trial(NamedTuple):
         return mock.patch.object(owner, name, make(getattr(owner, name)))
 
 
-def run_with(fault: str, layer: TorchLayer, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray:
-    """What `tap` of the layer is with this mistake in it, everything before it forced."""
+def run_with(fault: str, layer: TorchLayer, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
+    """What `tap` of the layer is with this mistake in it, everything before it forced; None if it has no trial."""
+    if fault not in TRIALS:
+        return None
     trial, wrong = TRIALS[fault], copy.copy(layer)
     if trial.config is not None:
         wrong.config = copy.deepcopy(layer.config)
@@ -283,6 +285,7 @@ def _early_residual(x, attention, norm, mlp):
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 TRIALS: dict[str, Trial] = {
+    "norm-eps": _set(rms_norm_eps=1e-6),
     "norm-one-plus-scale": _tensors(lambda t, c: t.float() + 1, *_NORMS),
     "norm-unscaled": _tensors(lambda t, c: torch.ones_like(t), *_NORMS),
     "norm-mean-subtracted": _norm(lambda x, w, eps: w * _rms(x - x.mean(-1, keepdim=True), eps)),
@@ -319,7 +322,8 @@ TRIALS: dict[str, Trial] = {
     "yarn-concentration-missing": _rope(attention_factor=1.0),
     "yarn-original-length": _rope(original_max_position_embeddings=lambda c: c.max_position_embeddings),
     "yarn-betas-exchanged": _rope(
-        beta_fast=lambda c: c.rope_parameters["beta_slow"], beta_slow=lambda c: c.rope_parameters["beta_fast"]
+        beta_fast=lambda c: c.rope_parameters.get("beta_slow", 1.0),
+        beta_slow=lambda c: c.rope_parameters.get("beta_fast", 32.0),
     ),
     "yarn-concentration-squared": _rope(attention_factor=lambda c: (0.1 * math.log(c.rope_parameters["factor"]) + 1) ** 2),
     "window-one-long": _set(sliding_window=lambda c: c.sliding_window + 1),
@@ -415,27 +419,37 @@ def explain(
       name: as in an Orbax checkpoint of ours, without the layer.
       want, got: as it should be, and as it is.
     """
-    for fault, wrong in _suspects(reference, n, name, want, got):
-        # A mistake in decoding is tried on one expert.
-        right, found = (t[-1:] if wrong.shape != t.shape else t for t in (want, got))
-        yield fault, _share(right, found), _share(wrong, found)
+    if got.dtype not in _BITS or (got.dtype != want.dtype and torch.equal(got.to(want.dtype).to(got.dtype), got)):
+        got = got.to(want.dtype)
+    order, e = None, 0
+    if name.startswith(("mlp.gate_up", "mlp.down")):
+        order = _order(want, got)
+        e = next(i for i in range(len(want)) if _share(want[i], got[i]) > 0)
+        if order is not None:
+            yield "experts-permuted", _share(want[e], got[e]), _share(want[order[e]], got[e])
+        want, got = want[e : e + 1], got[e : e + 1]  # the rest is tried on one expert: a layer's are gigabytes
+    before = _share(want, got)
+    for fault, wrong in _suspects(reference, n, name, want, got, e):
+        yield fault, before, _share(wrong, got)
+
+
+_BITS = {torch.uint8: torch.uint8, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of values that differ, in bits."""
-    size = max(a.element_size(), b.element_size())
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
-    return float((a.contiguous().view(kind) != b.contiguous().view(kind)).float().mean())
+    kind = _BITS[a.dtype]
+    return int(torch.count_nonzero(a.contiguous().view(kind) != b.contiguous().view(kind))) / a.numel()
 
 
 def _suspects(
-    reference: Any, n: int | None, name: str, want: torch.Tensor, got: torch.Tensor
+    reference: Any, n: int | None, name: str, want: torch.Tensor, got: torch.Tensor, e: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What the parameter would be with each mistake that may have happened to it."""
     matrix, expert = want.dim() > 1, name.startswith(("mlp.gate_up", "mlp.down"))
-    yield ("weight-zeroed" if matrix and not name.endswith("bias") else "bias-dropped"), torch.zeros_like(want)
+    yield ("bias-dropped" if name.endswith("bias") else "weight-zeroed"), torch.zeros_like(want)
     if n is None:
         other = {"embedding.weight": "lm_head.weight", "lm_head.weight": "model.embed_tokens.weight"}
         if name in other:
@@ -457,7 +471,7 @@ def _suspects(
         )
         yield "weight-through-fp8", want.to(torch.float8_e4m3fn).to(want.dtype)
     if expert:
-        yield from _expert_suspects(reference, n, name, want, got)
+        yield from _expert_suspects(reference, n, name, want, e)
     elif name.startswith("attn.") and name.split(".")[1] in ("q_proj", "k_proj", "v_proj"):
         yield from _qkv_suspects(reference, n, name, want)
     if matrix:
@@ -480,10 +494,8 @@ def _one_block(want: torch.Tensor, got: torch.Tensor) -> torch.Tensor | None:
     return fixed
 
 
-def _expert_suspects(reference: Any, n: int, name: str, want: torch.Tensor, got: torch.Tensor):
-    order = _order(want, got)
-    if order is not None:
-        yield "experts-permuted", want[order]
+def _expert_suspects(reference: Any, n: int, name: str, want: torch.Tensor, e: int):
+    """Of one expert, number e."""
     if name.startswith("mlp.gate_up"):
         yield "weight-gate-up-exchanged", want.flip(1)
         yield "weight-gate-up-halves", want.transpose(1, 2).reshape(want.shape)
@@ -492,11 +504,11 @@ def _expert_suspects(reference: Any, n: int, name: str, want: torch.Tensor, got:
     prefix = f"mlp.experts.{'gate_up' if name.startswith('mlp.gate_up') else 'down'}_proj"
     if f"{prefix}_blocks" in stored:
         arrange = gate_and_up if name.startswith("mlp.gate_up") else lambda t: t
-        last = [stored[f"{prefix}_{part}"][-1:] for part in ("blocks", "scales")]
+        one = [stored[f"{prefix}_{part}"][e : e + 1] for part in ("blocks", "scales")]
         if kind == "weight":
-            yield "scale-linear", arrange(_scales_as_numbers(*last))
+            yield "scale-linear", arrange(_scales_as_numbers(*one))
         for fault, change in _PACKED.items():
-            blocks, scales = change(*last)
+            blocks, scales = change(*one)
             if kind == "weight":
                 yield fault, arrange(convert_moe_packed_tensors(blocks, scales).transpose(1, 2))
             else:

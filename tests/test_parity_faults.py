@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from converter import convert
 from oss_model import ModelConfig, layers, modeling, moe
-from parity import compare, faults, metrics, selftest
+from parity import compare, faults, metrics, selftest, torch_faults
 from parity.candidate import Candidate
 from parity.cli import main
-from parity.corruption import CHECKPOINT, SOURCE
+from parity.corruption import CHECKPOINT, SOURCE, corrupt_checkpoint
 from parity.injection import INJECTIONS, Faulty
+from parity.prompts import Prompt, random_prompt
 from parity.torch_faults import MODEL_TRIALS, TRIALS
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,7 @@ def test_every_mistake_is_made_on_both_sides():
     """One that only one side can make would be injected and never named, or named and never tested."""
     injected = {fault.name for fault in (*faults.CODE, *faults.MODEL)}
     assert injected | {fault.name for fault in faults.EQUIVALENT} == INJECTIONS.keys()
-    assert injected == TRIALS.keys() | MODEL_TRIALS.keys()
+    assert injected | {"norm-eps"} == TRIALS.keys() | MODEL_TRIALS.keys()  # eps shows where the stream is small
     assert {fault.name for fault in faults.CHECKPOINT} == CHECKPOINT.keys() | SOURCE.keys()
     assert len(faults.CATALOGUE) - len(faults.EQUIVALENT) >= 48
     assert len(faults.CATALOGUE) == sum(map(len, (faults.CODE, faults.MODEL, faults.CHECKPOINT, faults.EQUIVALENT)))
@@ -156,8 +157,61 @@ def test_the_pattern_of_a_mistake_nobody_has_made_before(monkeypatch, sources, c
     report = compare(sources["hf"], checkpoints["bfloat16"])
     assert report.diagnosis is None
     assert report.pattern == "head 3 of 14; all channels"
+    assert "layer 0 attn_core: none of the" in report.table()
     assert "known mistakes of this place explains it; head 3 of 14; all channels" in report.table()
     assert json.loads(report.to_json())["pattern"] == report.pattern
+
+
+def test_a_trial_that_cannot_be_made_does_not_end_the_run(monkeypatch, tmp_path, sources, checkpoints):
+    def broken(*args):
+        raise RuntimeError("no such thing in this model")
+
+    monkeypatch.setitem(TRIALS, "sinks-zeroed", TRIALS["sinks-zeroed"]._replace(patch=None, state=broken))
+    wrong = wrong_config(tmp_path, checkpoints["bfloat16"], lambda config: config.update(sliding_window=12))
+    assert compare(sources["hf"], wrong).diagnosis["name"] == "window-one-long"
+    monkeypatch.setattr(torch_faults, "_suspects", broken)
+    corrupt_checkpoint("bias-dropped", checkpoints["bfloat16"], tmp_path / "zeroed", 1, checkpoints["mxfp4"])
+    report = compare(sources["hf"], tmp_path / "zeroed")
+    assert (report.verdict, [weight.name for weight in report.weights if weight.note]) == ("fail", ["layers.1.mlp.down.bias"])
+
+
+def test_a_trained_parameter_does_not_hide_a_wrong_window(monkeypatch, tmp_path, sources, checkpoints):
+    """Nothing explains the parameter, a row that the prompt does not use; the window is explained all the same."""
+    unused = np.setdiff1d(np.arange(509), random_prompt(509, 28, 0).tokens)[0]
+
+    def trained(tree, n):
+        value = tree["embedding.weight"].copy()
+        value[unused] *= np.asarray(1.5, value.dtype)
+        return {"embedding.weight": value}
+
+    monkeypatch.setitem(CHECKPOINT, "trained", trained)
+    corrupt_checkpoint("trained", checkpoints["bfloat16"], tmp_path / "trained", 0, checkpoints["mxfp4"])
+    report = compare(sources["hf"], tmp_path / "trained")
+    assert (report.diagnosis, report.explained) == (None, "embedding.weight")
+    assert "diagnosis: embedding.weight: none of the" in report.table()
+    wrong = wrong_config(tmp_path, tmp_path / "trained", lambda config: config.update(sliding_window=12))
+    report = compare(sources["hf"], wrong)
+    assert [weight.name for weight in report.weights if weight.note] == ["embedding.weight"]
+    assert report.diagnosis["name"] == "window-one-long"
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("hf", "float32"), ("hf", "mxfp4"), ("openai", "bfloat16"), ("hf-bf16", "float32")]
+)
+@pytest.mark.parametrize("fault", ["bias-dropped", "norm-scales-swapped", "qkv-split-by-group", "experts-permuted"])
+def test_mistakes_in_files_of_every_layout_and_dtype(tmp_path, sources, checkpoints, layout, dtype, fault):
+    changed = corrupt_checkpoint(fault, checkpoints[dtype], tmp_path / "wrong", 3, checkpoints["mxfp4"])
+    report = compare(sources[layout], tmp_path / "wrong", layers=False)
+    assert sorted(weight.name for weight in report.weights if weight.note) == changed
+    assert report.diagnosis["name"] == fault
+
+
+def test_the_pattern_leaves_padding_out_and_sees_what_is_no_number(monkeypatch, sources, checkpoints):
+    attend = layers.sink_attention
+    monkeypatch.setattr(modeling, "sink_attention", lambda *args: attend(*args).at[:, :, 3].set(jnp.nan).at[1, 10:].set(7.0))
+    valid = np.arange(28)[None] < np.array([[28], [10]])
+    report = compare(sources["hf"], checkpoints["bfloat16"], prompt=Prompt(np.full((2, 28), 5), valid))
+    assert report.pattern == "head 3 of 14; all channels"
 
 
 def test_wrong_wiring_that_no_single_component_shows_fails_the_free_run(monkeypatch, sources, checkpoints):
@@ -184,13 +238,14 @@ def rng():
     return np.random.default_rng(0)
 
 
-def test_casting_before_the_scale_is_nothing_in_float32(cfg):
-    norm = layers.RMSNorm(cfg)
-    x = jnp.asarray(rng().normal(size=(1, 6, cfg.hidden_size)), jnp.float32)
-    unscaled = norm(x)
+def test_casting_before_the_scale_is_nothing_in_float32_and_something_in_bfloat16(cfg):
+    norm, (owner, attribute, make) = layers.RMSNorm(cfg), INJECTIONS["norm-cast-first"].patch
     norm.scale.set_value(jnp.asarray(rng().normal(size=cfg.hidden_size), norm.scale[...].dtype))
-    cast_first = unscaled.astype(x.dtype) * norm.scale[...].astype(x.dtype)[None, None]
-    np.testing.assert_array_equal(norm(x), cast_first)
+    cast_first = make(getattr(owner, attribute))
+    x = jnp.asarray(rng().normal(size=(1, 6, cfg.hidden_size)), jnp.float32)
+    np.testing.assert_array_equal(norm(x), cast_first(norm, x))
+    x = x.astype(jnp.bfloat16)
+    assert np.mean(np.asarray(norm(x)) != np.asarray(cast_first(norm, x))) > 0.1
 
 
 def test_a_softmax_over_all_renormalised_is_one_over_the_chosen():

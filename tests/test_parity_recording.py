@@ -108,6 +108,18 @@ def test_what_a_recording_is_not_for(tmp_path, recorded, sources, checkpoints, a
     assert result.stderr.startswith(message.format(**places)), result.stderr
 
 
+def test_a_recording_of_a_run_with_the_precision_arm_is_of_float32(tmp_path, sources, checkpoints):
+    compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16", record=tmp_path / "recording")
+    assert compare(Recording(tmp_path / "recording"), checkpoints["bfloat16"]).verdict == "pass"
+
+
+def test_a_recording_without_layers_is_refused_for_them(tmp_path, sources, checkpoints):
+    compare(sources["hf"], checkpoints["bfloat16"], layers=False, record=tmp_path / "recording")
+    with pytest.raises(InputError, match="recorded without --layers"):
+        compare(Recording(tmp_path / "recording"), checkpoints["bfloat16"])
+    assert compare(Recording(tmp_path / "recording"), checkpoints["bfloat16"], layers=False).verdict == "pass"
+
+
 def test_a_recording_of_another_model_is_refused(tmp_path, recorded, cfg):
     convert(write_checkpoint(tmp_path / "s", dataclasses.replace(cfg, num_hidden_layers=3, layer_types=())), tmp_path / "d")
     with pytest.raises(InputError, match="recorded of another model"):
