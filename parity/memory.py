@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from parity.sides import Port
 
 # What libraries, compiled code and allocators keep beyond what is counted: measured on tiny, 20b and 120b sizes.
-SLACK_BYTES = 384 << 20
+SLACK_BYTES = 512 << 20
 FRAGMENTS_BYTES = 1 << 30  # left in the allocator by reading a layer of this size or more
 
 

@@ -224,7 +224,7 @@ def test_max_memory_is_refused_with_the_least_that_works_and_kept_at_it(sources,
 
 @pytest.mark.parametrize(("size", "layers", "most"), [("20b", 24, 8), ("120b", 36, 16)])
 def test_the_least_memory_of_the_real_models(monkeypatch, size, layers, most):
-    """20b in 8 GiB and 120b in 16: measured 6.0 and 13.6 (docs/benchmarks.md)."""
+    """20b in 8 GiB and 120b in 16: measured 6.0 and 14.6 (docs/benchmarks.md)."""
     monkeypatch.setattr(memory, "rss", lambda: 600 << 20)
     cfg = getattr(ModelConfig, f"gpt_oss_{size}")()
     model = nnx.eval_shape(lambda: Transformer(dataclasses.replace(cfg, num_hidden_layers=1, layer_types=()), rngs=nnx.Rngs(0)))
