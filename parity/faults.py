@@ -1,7 +1,7 @@
 """The catalogue of known mistakes, as data: what ports and converters of gpt-oss got wrong (and of models like it).
 
-`parity.torch_faults` makes each in the reference, to name what a port does; `parity.injection` and `parity.corruption`
-make each on the side that is judged, to test the harness. docs/faults.md is the page a person reads.
+`parity.torch_faults` and `parity.torch_suspects` make each in the reference, to name what a port does or a checkpoint
+holds; `parity.injection` and `parity.corruption` make each on the side that is judged, to test the harness. docs/faults.md is the page a person reads.
 """
 
 from typing import NamedTuple

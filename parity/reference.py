@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from parity import torch_faults
+from parity import torch_faults, torch_suspects
 from parity.sides import Arrays, Expected, Sizes
 from parity.torch_layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
 
@@ -125,7 +125,7 @@ class Reference:
 
     def _expected(self, n: int | None, name: str, want: torch.Tensor) -> Expected:
         def suspects(got: np.ndarray) -> Iterator[tuple[str, float, float]]:
-            yield from torch_faults.explain(self, n, name.removeprefix(f"layers.{n}."), want, to_torch(got))
+            yield from torch_suspects.explain(self, n, name.removeprefix(f"layers.{n}."), want, to_torch(got))
 
         return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want), suspects)
 

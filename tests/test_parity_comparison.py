@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import re
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +13,14 @@ from click.testing import CliRunner
 from flax import nnx
 
 from converter import convert
-from oss_model import InputError, ModelConfig, Transformer, cache, create_model_from_checkpoint, layers, modeling, moe, mxfp4
-from oss_model.params import parameter_name
+from oss_model import Transformer, cache, create_model_from_checkpoint, layers, modeling, moe, mxfp4
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import candidate as candidate_module
-from parity import compare, comparison, html, junit, memory, metrics
+from parity import compare, comparison, html, junit, metrics
 from parity.candidate import Candidate
 from parity.cli import main
-from parity.prompts import random_prompt, read_prompt
+from parity.prompts import random_prompt
 from parity.reference import Reference
 
 
@@ -198,42 +193,6 @@ def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
     assert run.report.taps[-1].verdict == "fail"
 
 
-# --- memory -----------------------------------------------------------------------------------------------------
-
-
-def test_max_memory_is_refused_with_the_least_that_works_and_kept_at_it(sources, checkpoints):
-    """In processes of their own, since a peak is a process's."""
-    command = [
-        sys.executable,
-        "-c",
-        "from parity.cli import main; main()",
-        sources["hf"],
-        checkpoints["bfloat16"],
-        "--layers",
-        "--max-memory",
-    ]
-    refused = subprocess.run([*command, "1M"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    found = re.fullmatch(r"error: --max-memory: expected at least (\d+)M for this checkpoint .*, found 1M.*\n", refused.stderr)
-    assert found, refused.stderr
-    least = int(found[1]) + 8  # imports vary a little
-    done = subprocess.run([*command, f"{least}M"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split("peak memory ")[1].split(" GiB")[0]) <= least / 1024 + 0.05
-
-
-@pytest.mark.parametrize(("size", "layers", "most"), [("20b", 24, 8), ("120b", 36, 16)])
-def test_the_least_memory_of_the_real_models(monkeypatch, size, layers, most):
-    """20b in 8 GiB and 120b in 16: measured 6.0 and 14.6 (docs/benchmarks.md)."""
-    monkeypatch.setattr(memory, "rss", lambda: 600 << 20)
-    cfg = getattr(ModelConfig, f"gpt_oss_{size}")()
-    model = nnx.eval_shape(lambda: Transformer(dataclasses.replace(cfg, num_hidden_layers=1, layer_types=()), rngs=nnx.Rngs(0)))
-    stored = {parameter_name(path): (v.shape, v.dtype) for path, v in nnx.to_flat_state(nnx.state(model))}
-    blank = SimpleNamespace(cfg=cfg, stored=stored)
-    assert memory.least_memory(blank, 1, 320) < most << 30
-    assert memory.least_memory(blank, 1, 4096) > memory.least_memory(blank, 1, 320) + (2 << 30)
-
-
 # --- precision and decoding -------------------------------------------------------------------------------------
 
 
@@ -300,44 +259,6 @@ def test_a_gradient_that_does_not_flow_is_found(monkeypatch, sources, checkpoint
     assert {f"layers.{n}.mlp.router.{leaf}" for n in range(5) for leaf in ("weight", "bias")} <= wrong
     assert report.verdict == "fail"
     assert report.free_run["verdict"] == "ok"
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_of_prompts_of_different_lengths(tmp_path, sources, checkpoints):
-    file = tmp_path / "prompts.json"
-    rows = [list(range(5, 40)), list(range(100, 111)), [7]]
-    file.write_text(json.dumps(rows))
-    prompt = read_prompt(file, 509, tmp_path / "tokenizer.json")
-    report = compare(sources["hf"], checkpoints["bfloat16"], prompt=prompt)
-    assert (report.verdict, report.tokens) == ("pass", 35)
-    assert len(report.token_kl) == 35 + 11 + 1
-
-
-def test_text_prompts_use_the_checkpoints_tokenizer(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({"up": 3, "down": 4}, unk_token="down"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "prompt.txt").write_text("up down up")
-    np.testing.assert_array_equal(read_prompt(tmp_path / "prompt.txt", 509, tmp_path / "tokenizer.json").tokens, [[3, 4, 3]])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[1, 509]", "expected token ids from 0 to 508, found 1 others, the first 509"),
-        ("[[1], []]", "expected at least one token a prompt, found an empty one"),
-        ("[1, true]", "found 1 others, the first True"),
-        ("hello", "expected a JSON list of token ids, found text, and there is no"),
-    ],
-)
-def test_prompts_that_cannot_be_used(tmp_path, text, message):
-    (tmp_path / "prompt").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_prompt(tmp_path / "prompt", 509, tmp_path / "tokenizer.json")
 
 
 # --- differing bytes --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from converter import convert
 from oss_model import ModelConfig, layers, modeling, moe
-from parity import compare, faults, metrics, selftest, torch_faults
+from parity import compare, faults, metrics, selftest, torch_suspects
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.corruption import CHECKPOINT, SOURCE, corrupt_checkpoint
@@ -169,7 +169,7 @@ def test_a_trial_that_cannot_be_made_does_not_end_the_run(monkeypatch, tmp_path,
     monkeypatch.setitem(TRIALS, "sinks-zeroed", TRIALS["sinks-zeroed"]._replace(patch=None, state=broken))
     wrong = wrong_config(tmp_path, checkpoints["bfloat16"], lambda config: config.update(sliding_window=12))
     assert compare(sources["hf"], wrong).diagnosis["name"] == "window-one-long"
-    monkeypatch.setattr(torch_faults, "_suspects", broken)
+    monkeypatch.setattr(torch_suspects, "_suspects", broken)
     corrupt_checkpoint("bias-dropped", checkpoints["bfloat16"], tmp_path / "zeroed", 1, checkpoints["mxfp4"])
     report = compare(sources["hf"], tmp_path / "zeroed")
     assert (report.verdict, [weight.name for weight in report.weights if weight.note]) == ("fail", ["layers.1.mlp.down.bias"])
