@@ -6,6 +6,7 @@ they are used; x decides the dtype computed in. Sums run in float32.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from oss_model.config import ModelConfig
+from oss_model.sharding import constrain
 
 Rope = tuple[Float[Array, "b l half"], Float[Array, "b l half"]]
 
@@ -30,10 +32,19 @@ def contract(spec: str, x: Array, y: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """W·x + b along the axes that `spec` names; weights keep the checkpoint's [out, in] order."""
+    """W·x + b along the axes that `spec` names; weights keep the checkpoint's [out, in] order.
+
+    `oss_model.lora` adds lora_a [rank, *in], lora_b [*out, rank] and lora_scale.
+    """
+
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+    lora_scale: float
 
     def __init__(self, spec: str, weight: tuple[int, ...], bias: tuple[int, ...] | None, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.spec = spec
+        self.source, self.matrix, self.result = re.split(",|->", spec)
+        self.inputs = sum(letter not in self.result for letter in self.matrix)  # trailing axes of the weight
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), weight, param_dtype(cfg)))
         self.bias = None if bias is None else nnx.Param(jnp.zeros(bias, param_dtype(cfg)))
 
@@ -41,7 +52,11 @@ class Linear(nnx.Module):
         y = contract(self.spec, x, self.weight[...].astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)[None, None]
-        return y.astype(x.dtype)
+        if hasattr(self, "lora_a"):
+            outputs, inputs = self.matrix[: -self.inputs], self.matrix[-self.inputs :]
+            low = contract(f"{self.source},r{inputs}->blr", x, self.lora_a[...].astype(x.dtype)).astype(x.dtype)
+            y += contract(f"blr,{outputs}r->{self.result}", low, (self.lora_b[...] * self.lora_scale).astype(x.dtype))
+        return constrain(self.result, y.astype(x.dtype))
 
 
 class Embedding(nnx.Module):
@@ -52,7 +67,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         """A token outside the vocabulary gives NaN rather than somebody else's embedding."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="fill").astype(self.dtype)
+        return constrain("blh", jnp.take(self.weight[...], tokens, axis=0, mode="fill").astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):

@@ -26,7 +26,7 @@ from oss_model.layers import (
     sink_attention,
     visibility,
 )
-from oss_model.moe import choose, expert_linear, experts, weigh
+from oss_model.moe import ExpertLinear, choose, experts, weigh
 from oss_model.taps import tap
 
 
@@ -65,8 +65,8 @@ class MLPBlock(nnx.Module):
         self.cfg, self.layer = cfg, layer
         self.norm = RMSNorm(cfg)
         self.router = Linear("blh,eh->ble", (cfg.num_experts, cfg.hidden_size), (cfg.num_experts,), cfg, rngs=rngs)
-        self.gate_up = expert_linear((2, cfg.intermediate_size), cfg.hidden_size, cfg, rngs=rngs)
-        self.down = expert_linear((cfg.hidden_size,), cfg.intermediate_size, cfg, rngs=rngs)
+        self.gate_up = ExpertLinear(("glu", "inner"), "hidden", cfg, rngs=rngs)
+        self.down = ExpertLinear(("hidden",), "inner", cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
         mark = functools.partial(tap, self.layer)

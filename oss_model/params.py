@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -140,7 +141,11 @@ def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -
     raise_all(_mismatches(source.directory, layouts.parameters(cfg), layouts.parameters(held)))
     with source.shards:
         for name, value in _values(source, cfg.param_dtype):
-            variables[name].set_value(jax.device_put(value, variables[name].get_value().sharding))
+            where = variables[name].get_value().sharding
+            on_device = (
+                jnp.asarray(value) if where is None else jax.make_array_from_callback(value.shape, where, value.__getitem__)
+            )
+            variables[name].set_value(on_device)
     return nnx.merge(graphdef, state)
 
 

@@ -1,56 +1,127 @@
-"""Mesh axes -> how each parameter is cut.
+"""Mesh axes -> how every parameter and activation is cut.
 
-Meshes have axes named `fsdp`, `tensor` and `expert`, any of them, of any size. Which axis of which parameter goes
-to which mesh axis follows from the names of the parameters' own axes in `oss_model.layouts`.
+Meshes have axes named `fsdp`, `tensor` and `expert`, any of them, of any size. Which axis of which array goes to which
+mesh axis follows from the names of the array's own axes: a parameter's from `oss_model.layouts`, an activation's from
+the letters of einsum strings. Activations follow the mesh that is set (`with jax.set_mesh(mesh): …`).
+
+- `fsdp`: the batch, and every parameter along its first axis, which is how the checkpoint is cut into chunks: a process
+  reads its share and no more. Parameters are gathered where they are used.
+- `tensor`: attention heads, the inner axis of the experts, the vocabulary.
+- `expert`: the experts, and the batch. Experts stay where they are and tokens travel (`oss_model.moe`); with it on, `fsdp`
+  cuts the experts further and moves no weights either.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oss_model import layouts
 from oss_model.config import ModelConfig
+from oss_model.errors import InputError
 
-# Axis of a parameter -> axis of the mesh. The residual stream's axis is the one every parameter has: fsdp.
-RULES = {
-    "experts": "expert",
-    "heads": "tensor",
-    "kv": "tensor",
-    "inner": "tensor",
-    "inner_groups": "tensor",
-    "vocab": "tensor",
-    "hidden": "fsdp",
-    "hidden_groups": "fsdp",
+AXES = ("expert", "tensor", "fsdp")
+
+# Mesh axis -> axes of a parameter that it may cut: the first, in the parameter's own order, that it divides.
+PARAMETERS = {
+    "expert": ("experts",),
+    "tensor": ("heads", "kv", "vocab", "inner", "inner_groups"),
+    "fsdp": ("experts", "heads", "kv", "vocab", "inner", "inner_groups", "hidden"),
 }
+# The same for activations: b batch (or tokens), n heads, k kv heads, v vocab. Other letters are never cut.
+ACTIVATIONS = {"fsdp": "b", "expert": "b", "tensor": "nkv"}
+
+
+def _partition(
+    axes: Sequence[str], sizes: Mapping[str, int], mesh_shape: Mapping[str, int] | None, rules: Mapping[str, Sequence[str]]
+) -> PartitionSpec:
+    """The cut of one array whose axes have these names, on a mesh of this shape, or (None) one that divides everything."""
+    cuts: dict[str, list[str]] = {axis: [] for axis in axes}
+    for name, candidates in rules.items():
+        if mesh_shape is not None and mesh_shape.get(name, 1) == 1:
+            continue
+        for axis in (axis for axis in axes if axis in candidates):
+            parts = 1 if mesh_shape is None else math.prod(mesh_shape[cut] for cut in (name, *cuts[axis]))
+            if sizes[axis] % parts == 0:
+                cuts[axis].append(name)
+                break
+    return PartitionSpec(*(tuple(c) if len(c) > 1 else c[0] if c else None for c in cuts.values()))
+
+
+def partition_spec(axes: Sequence[str], cfg: ModelConfig, mesh_shape: Mapping[str, int] | None) -> PartitionSpec:
+    """The cut of one parameter.
+
+    Args:
+      axes: names of its axes, those of `ModelConfig.axes`; others are not cut.
+      cfg: the model.
+      mesh_shape: mesh axis -> size. Axes the mesh lacks are left out, and a dimension that a mesh axis does not divide
+        is replicated. None: every rule applies.
+    """
+    sizes, rules = cfg.axes, dict(PARAMETERS)
+    if cfg.param_dtype == "mxfp4":
+        sizes["inner"] = sizes["inner_groups"]  # packed experts are cut between blocks only
+    if mesh_shape is not None and sizes["inner"] % mesh_shape.get("tensor", 1):
+        rules["tensor"] += ("experts",)  # where the inner axis cannot be cut
+    return _partition(axes, sizes, mesh_shape, rules)
 
 
 def partition_specs(cfg: ModelConfig, mesh_shape: Mapping[str, int] | None = None) -> dict[str, PartitionSpec]:
-    """Parameter name -> PartitionSpec.
-
-    Args:
-      cfg: the model.
-      mesh_shape: mesh axis -> size. Axes the mesh lacks are left out, and a dimension that a mesh axis does not
-        divide is replicated. Without it, every rule applies.
-    """
-    specs = {}
-    for name, axes in layouts.parameter_axes(cfg).items():
-        shape = [cfg.axes[axis] for axis in axes]
-        wanted = [RULES.get(axis) for axis in axes]
-        if mesh_shape is not None:
-            parts = [mesh_shape.get(m, 0) if m else 0 for m in wanted]
-            wanted = [m if p and n % p == 0 else None for m, n, p in zip(wanted, shape, parts, strict=True)]
-        specs[name] = PartitionSpec(*wanted)
-    return specs
+    """Parameter name -> PartitionSpec (`partition_spec`)."""
+    return {name: partition_spec(axes, cfg, mesh_shape) for name, axes in layouts.parameter_axes(cfg).items()}
 
 
 def shardings(cfg: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Parameter name -> NamedSharding on `mesh`."""
+    """Parameter name -> NamedSharding on `mesh`.
+
+    Raises:
+      InputError: if the mesh has axes of other names, or Explicit ones.
+    """
+    check(mesh)
     return {name: NamedSharding(mesh, spec) for name, spec in partition_specs(cfg, mesh.shape).items()}
 
 
+def check(mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+    faults = [
+        f"mesh: expected axes named {', '.join(sorted(AXES))}, found {name!r}" for name in mesh.axis_names if name not in AXES
+    ]
+    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
+        faults.append("mesh: expected axes of type Auto, found Explicit; jax.make_mesh(..., axis_types=(AxisType.Auto, ...))")
+    if faults:
+        raise InputError(*faults)
+
+
 def annotate(model: nnx.Module, cfg: ModelConfig) -> None:
-    """Note every parameter's PartitionSpec in its metadata, where `nnx.get_partition_spec` finds it."""
-    specs = partition_specs(cfg)
+    """Note every parameter's PartitionSpec, on the mesh that is set, where `nnx.get_partition_spec` finds it."""
+    specs = partition_specs(cfg, mesh_shape() or None)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         variable.set_metadata(out_sharding=specs[".".join(map(str, path))])
+
+
+def mesh_shape() -> dict[str, int]:
+    """Mesh axis -> size of the mesh that is set, axes of size 1 left out; empty if none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:  # inside a shard_map its author has cut everything
+        return {}
+    check(mesh)
+    return {name: size for name, size in mesh.shape.items() if size > 1}
+
+
+def constrain(letters: str, x: jax.Array) -> jax.Array:
+    """`x` cut as the letters of its axes say, on the mesh that is set; `x` itself if none is."""
+    shape = mesh_shape()
+    if not shape:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, shape))
+
+
+def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """The cut of an activation whose axes have these letters."""
+    return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, ACTIVATIONS)
+
+
+def mesh_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that cut a dimension, the major one first."""
+    cut = spec[dimension]
+    return () if cut is None else (cut,) if isinstance(cut, str) else cut

@@ -14,6 +14,7 @@ import torch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else is on the first
 torch.set_num_threads(1)  # tests run in two processes, and threads that wait for each other's core take ten times as long
 
 
@@ -43,6 +44,28 @@ def checkpoints(tmp_path_factory, sources) -> dict[str, Path]:
     for dtype in ("bfloat16", "float32", "mxfp4"):
         convert(sources["hf"], root / dtype, dtype=dtype)
     return {dtype: root / dtype for dtype in ("bfloat16", "float32", "mxfp4")}
+
+
+@pytest.fixture(scope="session")
+def even_cfg():
+    """A model whose sizes divide by 8, for meshes; packed experts divide by 2 along their inner axis."""
+    from oss_model import ModelConfig
+
+    sizes = {"vocab_size": 512, "intermediate_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "num_experts": 16}
+    return dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=(), dtype=np.float32, **sizes)
+
+
+@pytest.fixture(scope="session")
+def even_checkpoints(tmp_path_factory, even_cfg) -> dict[str, Path]:
+    """Stored dtype -> Orbax directory of that model. Read only."""
+    from converter import convert
+    from oss_model.synthetic import write_checkpoint
+
+    root = tmp_path_factory.mktemp("even")
+    write_checkpoint(root / "source", even_cfg)
+    for dtype in ("float32", "mxfp4"):
+        convert(root / "source", root / dtype, dtype=dtype)
+    return {dtype: root / dtype for dtype in ("float32", "mxfp4")}
 
 
 @pytest.fixture(scope="session")
