@@ -6,7 +6,9 @@ if TYPE_CHECKING:
     from oss_model.cache import init_cache
     from oss_model.config import ModelConfig
     from oss_model.errors import InputError
+    from oss_model.generation import eos_tokens, generate
     from oss_model.layers import RMSNorm, RotaryEmbedding
+    from oss_model.lora import add_lora, merge_lora
     from oss_model.modeling import AttentionBlock, MLPBlock, Transformer, TransformerBlock
     from oss_model.params import create_model_from_checkpoint
 
@@ -22,6 +24,10 @@ _HOME = {
     "RMSNorm": "layers",
     "RotaryEmbedding": "layers",
     "create_model_from_checkpoint": "params",
+    "add_lora": "lora",
+    "merge_lora": "lora",
+    "eos_tokens": "generation",
+    "generate": "generation",
 }
 
 __all__ = [
@@ -33,8 +39,12 @@ __all__ = [
     "RotaryEmbedding",
     "Transformer",
     "TransformerBlock",
+    "add_lora",
     "create_model_from_checkpoint",
+    "eos_tokens",
+    "generate",
     "init_cache",
+    "merge_lora",
 ]
 
 

@@ -16,6 +16,7 @@ from oss_model.errors import InputError, raise_all
 SLIDING, FULL = "sliding_attention", "full_attention"
 PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
 EXPERT_PATHS = ("auto", "loop", "scan", "pairs", "ragged")
+REMATS = ("none", "mlp", "block")
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
@@ -54,6 +55,7 @@ class ModelConfig:
     dtype: Any = ml_dtypes.bfloat16
     param_dtype: str = "bfloat16"
     expert_path: str = "auto"  # how expert sums are computed: see `oss_model.moe`
+    remat: str = "none"  # what training computes twice to save memory: "none", "mlp" (the experts), "block" (everything)
     use_sharding: bool = False  # annotate parameters with the partition specs of `oss_model.sharding`
 
     def __post_init__(self):
@@ -305,6 +307,8 @@ def _faults(cfg: ModelConfig) -> list[str]:
         faults.append(f"dtype: expected bfloat16 or float32, found {cfg.dtype}")
     if cfg.expert_path not in EXPERT_PATHS:
         faults.append(f"expert_path: expected one of {', '.join(EXPERT_PATHS)}, found {cfg.expert_path!r}")
+    if cfg.remat not in REMATS:
+        faults.append(f"remat: expected one of {', '.join(REMATS)}, found {cfg.remat!r}")
     for name in ("hidden_size", "intermediate_size") if cfg.param_dtype == "mxfp4" else ():
         if getattr(cfg, name) % MXFP4_BLOCK:
             faults.append(f"{name}: expected a multiple of {MXFP4_BLOCK}, the MXFP4 block, found {getattr(cfg, name)}")

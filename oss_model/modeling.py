@@ -7,6 +7,7 @@ b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i inter
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -88,7 +89,13 @@ class TransformerBlock(nnx.Module):
         self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
         x, cache = self.attn(x, positions, rope, cache)
-        return tap(self.layer, "layer_out", self.mlp(x)), cache
+        x = called(self.mlp, self.mlp.cfg.remat == "mlp")(self.mlp, x)
+        return tap(self.layer, "layer_out", x), cache
+
+
+def called(module: nnx.Module, again: bool) -> Callable:
+    """Its `__call__`; with `again` computed a second time in the backward pass, so that only its inputs are kept for it."""
+    return nnx.remat(type(module).__call__) if again else type(module).__call__
 
 
 class Transformer(nnx.Module):
@@ -118,15 +125,24 @@ class Transformer(nnx.Module):
             position marks padding.
           cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time.
         """
+        x, after = self.stream(tokens, positions, cache)
+        return self.unembed(x) if after is None else (self.unembed(x), after)
+
+    def stream(
+        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "b l h"], Cache | None]:
+        """The residual stream after the last block: `unembed` those places alone whose logits are wanted."""
         if positions is None:
             ahead = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
             positions = ahead if cache is None else next_positions(cache, tokens.shape[1])
         x, rope = self.embed(tokens), self.rope(positions)
         after = []
         for n, block in enumerate(self.layers):
-            x, layer_cache = block(x, positions, rope, None if cache is None else cache[n])
+            x, layer_cache = called(block, self.cfg.remat == "block")(
+                block, x, positions, rope, None if cache is None else cache[n]
+            )
             after.append(layer_cache)
-        return self.unembed(x) if cache is None else (self.unembed(x), tuple(after))
+        return x, None if cache is None else tuple(after)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         return tap(None, "embedding", self.embedding(tokens))

@@ -142,7 +142,14 @@ def _check_writable(cfg: ModelConfig, config: dict, layout: str) -> None:
     """Refuse what would be read back as another model: MXFP4 needs whole blocks, and a dialect cannot say everything."""
     dataclasses.replace(cfg, param_dtype="mxfp4")
     said = ModelConfig.from_json(config)
-    not_said = {"max_position_embeddings", "dtype", "param_dtype", "expert_path", "use_sharding"}  # leave the values alone
+    not_said = {
+        "max_position_embeddings",
+        "dtype",
+        "param_dtype",
+        "expert_path",
+        "remat",
+        "use_sharding",
+    }  # leave the values alone
     faults = [
         f"{field.name}: the config.json of layout {layout!r} can only say {getattr(said, field.name)!r}, not {value!r}"
         for field in dataclasses.fields(cfg)

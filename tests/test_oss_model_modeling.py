@@ -239,3 +239,27 @@ def test_weights_of_the_chosen_experts_sum_to_one(cfg, tokens):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     chosen = np.take_along_axis(np.asarray(logits, np.float64), np.asarray(choice), -1)
     np.testing.assert_allclose(weights, np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_remat_changes_what_is_kept_and_not_what_is_computed(checkpoints, cfg, prompt):
+    def residuals_and_gradients(remat: str):
+        model = create_model_from_checkpoint(
+            checkpoints["float32"], dataclasses.replace(cfg, remat=remat, expert_path="ragged")
+        )
+        graphdef, state = nnx.split(model)
+
+        def loss(state):
+            return nnx.merge(graphdef, state)(jnp.asarray(prompt)).astype(jnp.float32).var()
+
+        forward, backward = jax.vjp(loss, state)
+        kept = sum(residual.size for residual in jax.tree.leaves(backward))
+        return kept, backward(jnp.ones_like(forward))
+
+    found = {remat: residuals_and_gradients(remat) for remat in ("none", "mlp", "block")}
+    none, mlp, block = (found[remat][0] for remat in ("none", "mlp", "block"))
+    parameters = sum(a.size for a in jax.tree.leaves(nnx.state(create_model_from_checkpoint(checkpoints["float32"], cfg))))
+    assert none > mlp > block
+    assert block - parameters < 0.3 * (none - parameters)
+    for remat in ("mlp", "block"):
+        for a, b in zip(jax.tree.leaves(found[remat][1]), jax.tree.leaves(found["none"][1]), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))

@@ -1,0 +1,149 @@
+"""Generating text on the key-value cache: greedy or sampled, rows of a batch padded on the left.
+
+Sampling follows transformers: logits / temperature, then top_k, then top_p (arXiv:1904.09751).
+"""
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from oss_model.cache import EMPTY, init_cache
+from oss_model.errors import InputError, raise_all
+from oss_model.modeling import Transformer
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos: Sequence[int] = (),
+    temperature: float | int = 0.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> list[list[int]]:
+    """What follows each prompt.
+
+    Args:
+      model: the model.
+      prompts: token ids, a list a row, of any lengths.
+      max_new_tokens: at most so many a row. A row also ends after a token of `eos`, which is returned with it.
+      eos: the tokens that end a row (`eos_tokens` reads them from a checkpoint).
+      temperature: 0 takes the likeliest token every time.
+      top_k: sample from the k likeliest tokens only.
+      top_p: sample from the likeliest tokens that have this probability together.
+      key: a `jax.random.key`; needed where the temperature is not 0.
+
+    Compiled once for each number of prompts, longest length, rounded up to a multiple of 32, and `max_new_tokens`.
+
+    Raises:
+      InputError: naming every argument that is out of range.
+    """
+    raise_all(_faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key))
+    length = -(-max(len(row) for row in prompts) // 32) * 32
+    tokens, positions = np.zeros((len(prompts), length), np.int32), np.full((len(prompts), length), EMPTY, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        positions[row, length - len(prompt) :] = np.arange(len(prompt))
+    sample = (float(temperature), top_k, None if top_p is None else float(top_p))
+    key = jax.random.key(0) if key is None else key
+    made, counts = _generate(model, jnp.asarray(tokens), jnp.asarray(positions), key, max_new_tokens, tuple(eos), sample)
+    return [row[:count].tolist() for row, count in zip(np.asarray(made), np.asarray(counts), strict=True)]
+
+
+def eos_tokens(checkpoint_path: str | os.PathLike) -> tuple[int, ...]:
+    """The tokens that end a text, from generation_config.json beside a checkpoint, or else config.json.
+
+    Raises:
+      InputError: if neither says.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = Path(checkpoint_path) / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as e:
+            raise InputError(f"{file}: expected a JSON object, found something unreadable ({e})") from None
+        found = [found] if type(found) is int else found
+        if found and isinstance(found, list) and all(type(token) is int for token in found):
+            return tuple(found)
+    raise InputError(f"{checkpoint_path}: expected eos_token_id in generation_config.json or config.json, found none")
+
+
+def _faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> list[str]:
+    vocabulary, faults = model.cfg.vocab_size, []
+    if not prompts or any(len(row) == 0 for row in prompts):
+        faults.append("prompts: expected one or more, each of one token or more, found an empty one or none")
+    outside = [token for row in prompts for token in row if not 0 <= token < vocabulary]
+    if outside:
+        faults.append(f"prompts: expected token ids from 0 to {vocabulary - 1}, found {outside[0]}")
+    for name, value, good, expected in [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or 1 <= top_k <= vocabulary, f"1 to {vocabulary}"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0, at most 1"),
+        ("key", key, temperature == 0 or key is not None, "a jax.random.key where temperature is not 0"),
+    ]:
+        if not good:
+            faults.append(f"{name}: expected {expected}, found {value}")
+    return faults
+
+
+@functools.partial(nnx.jit, static_argnums=(4, 5, 6))
+def _generate(
+    model: Transformer,
+    tokens: Int[Array, "b l"],
+    positions: Int[Array, "b l"],
+    key: PRNGKeyArray,
+    count: int,
+    eos: tuple,
+    sample: tuple,
+) -> tuple[Int[Array, "b n"], Int[Array, " b"]]:
+    """New tokens [batch, count], and how many of each row are its own."""
+    batch, length = tokens.shape
+    ends = jnp.asarray(eos, jnp.int32)
+    x, cache = model.stream(tokens, positions, init_cache(model.cfg, batch, length + count))
+    new = _choose(model.unembed(x[:, -1:])[:, 0], jax.random.fold_in(key, 0), *sample)
+
+    def step(carry):
+        n, made, counts, done, new, cache = carry
+        logits, cache = model(new[:, None], cache=cache)
+        new = _choose(logits[:, 0], jax.random.fold_in(key, n), *sample)
+        made, counts = made.at[:, n].set(new), counts + (~done).astype(jnp.int32)
+        return n + 1, made, counts, done | jnp.isin(new, ends), new, cache
+
+    def more(carry) -> Bool[Array, ""]:
+        n, _, _, done, _, _ = carry
+        return (n < count) & ~done.all()
+
+    made = jnp.zeros((batch, count), jnp.int32).at[:, 0].set(new)
+    start = (jnp.int32(1), made, jnp.ones(batch, jnp.int32), jnp.isin(new, ends), new, cache)
+    _, made, counts, *_ = jax.lax.while_loop(more, step, start)
+    return made, counts
+
+
+def _choose(
+    logits: Float[Array, "b v"], key: PRNGKeyArray, temperature: float, top_k: int | None, top_p: float | None
+) -> Int[Array, " b"]:
+    logits = logits.astype(jnp.float32)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][:, -1:], -jnp.inf, logits)
+    if top_p is not None:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
+        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
