@@ -57,8 +57,8 @@ class Pieces:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         target, span = self._chunk.target, self._chunk.span
-        if target.rows == target.shape[0]:  # all of it; and its first axis may be split: (heads dim)
-            span = slice(0, target.sources[0].checkpoint_shape[0])
+        each = target.sources[0].checkpoint_shape[0] // target.shape[0]  # the source's first axis may be split: (heads dim)
+        span = slice(span.start * each, span.stop * each)
         if len(target.sources) == 2:
             yield from self._decoded(span)
         elif target.sources[0].keeps_order:

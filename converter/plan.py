@@ -10,7 +10,9 @@ from oss_model.errors import raise_all
 from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
 
-BLOCK_BYTES = 32 << 20  # of a matrix that is cut into blocks of rows: large enough to stream, small enough to hold
+BLOCK_BYTES = 32 << 20  # of a vocabulary that is cut into blocks of rows: large enough to stream, small enough to hold
+WHOLE_BYTES = 8 << 20  # a matrix larger than this is cut into PARTS, so that as many processes can read a share each
+PARTS = 8
 CHECKSUM_BYTES = 4  # crc32c, at the end of each chunk
 
 
@@ -109,13 +111,14 @@ def make_plan(checkpoint: Checkpoint, dtype: str) -> Plan:
 
 
 def _rows(entry: Entry, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows of the first axis in a chunk: one expert, about 32 MB of a vocabulary, or everything."""
+    """Rows of the first axis in a chunk: one expert, about 32 MB of a vocabulary, an eighth of a matrix, or everything."""
     first, *rest = shape
     lead = entry.pattern.split("->")[1].split()[0]
     if lead == "experts" and len(rest) > 1 and not entry.model.endswith("bias"):
         return 1
     if lead != "vocab":
-        return first
+        large = math.prod(shape) * dtype.itemsize > WHOLE_BYTES
+        return first // PARTS if large and first % PARTS == 0 else first
     most = max(1, BLOCK_BYTES // (math.prod(rest) * dtype.itemsize))
     # A divisor leaves no partial chunk to fill up with zeros, and shards evenly: 201088 = 32 * 6284.
     divisors = [rows for rows in range(most // 2, most * 3 // 2 + 1) if rows and first % rows == 0]

@@ -160,7 +160,7 @@ def _linear(x: Float[Array, "t in"], stored: dict[str, Array]) -> Float[Array, "
     """W·x + b of one expert, and B·(A·x) where it has LoRA parameters."""
 
     def product(x, weight):
-        return contract("ti,soi->tso" if weight.ndim == 3 else "ti,oi->to", x, weight)
+        return contract("ti,oi->to", x, weight.reshape(-1, weight.shape[-1])).reshape(-1, *weight.shape[:-1])
 
     out = product(x, _weight(stored, x.dtype)) + stored["bias"].astype(jnp.float32)[None]
     if "lora_a" in stored:
@@ -188,9 +188,17 @@ def _loop(x, choice, weights, gate_up, down, cfg: ModelConfig):
         token, slot = np.nonzero(chosen == e)
         room = -len(token) % min(64, x.shape[0])  # a few lengths to compile for; the rest has weight zero
         rows, weight = (jnp.asarray(np.pad(a, (0, room))) for a in (token, weighed[token, slot]))
-        w1, w2 = ({name: jnp.asarray(array[e]) for name, array in stored.items()} for stored in (gate_up, down))
+        # Dequantized apart from the products: compiled together, XLA on CPU takes twice as long.
+        w1, w2 = (_as_values({name: array[e] for name, array in stored.items()}, x.dtype) for stored in (gate_up, down))
         total = _add_expert(total, x, rows, weight, w1, w2, cfg)
     return total
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _as_values(stored: dict[str, Array], dtype) -> dict[str, Array]:
+    """One expert with its matrix in the dtype computed in."""
+    rest = {name: array for name, array in stored.items() if name not in ("blocks", "scales", "weight")}
+    return rest | {"weight": _weight(stored, dtype)}
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -1,6 +1,7 @@
 """From a checkpoint on disk to a `Transformer`: our Orbax checkpoint, or a safetensors directory as published."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from oss_model import layouts, mxfp4
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
+from oss_model.memory import release
 from oss_model.modeling import Transformer
 from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
@@ -121,14 +123,20 @@ def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
         value = variable.get_value()
         dtype = dtypes[parameter_name(keys)]
         variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
+    # At most so much on the way to the devices at a time; without it Orbax reads everything at once, and the peak doubles.
+    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(2, math.ceil(largest / 1e9)))
+    wanted = ocp.args.PyTreeRestore(item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(path, state)
+        with ocp.Checkpointer(handler) as checkpointer:
+            state = checkpointer.restore(path, args=wanted)
     except Exception as e:  # Orbax raises bare Exceptions for missing and damaged chunks
         reason = str(e).split(". See full", 1)[0].splitlines()[0]
         raise InputError(
             f"{path}: expected a whole checkpoint, found one that cannot be read ({reason}): try verify-oss"
         ) from e
+    jax.block_until_ready(state)  # copies to the devices go on after Orbax returns, and hold what they copy
+    release()
     return nnx.merge(graphdef, state)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,9 +48,25 @@ def test_the_published_models_are_cut_into_chunks_of_good_size(layers, make, dty
         elif part in ("embedding", "lm_head"):
             assert target.shape[0] % target.rows == 0
             assert 16 << 20 <= target.chunk_nbytes <= 48 << 20
+        elif part in ("q_proj", "o_proj") and target.name.endswith("weight"):
+            assert target.chunk_shape == (target.shape[0] // 8, *target.shape[1:])
         else:
             assert target.chunk_shape == target.shape
-            assert target.chunk_nbytes <= 48 << 20
+            assert target.chunk_nbytes <= 8 << 20
+
+
+@pytest.mark.parametrize("layout", ["hf", "hf-bf16", "openai"])
+def test_a_cut_matrix_is_the_same_matrix(layout, sources, checkpoints, tmp_path, monkeypatch):
+    """q, k and v have their first two axes as one in the source, and in OpenAI's layout lie in one tensor."""
+    monkeypatch.setattr(plan, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(plan, "PARTS", 7)  # 14 heads, 7 kv heads
+    convert(sources[layout], tmp_path / "out")
+    assert len(list((tmp_path / "out" / "layers.1.attn.q_proj.weight.value" / "c").rglob("0"))) > 7
+    import orbax.checkpoint as ocp
+
+    found, whole = (ocp.PyTreeCheckpointer().restore(path) for path in (tmp_path / "out", checkpoints["bfloat16"]))
+    for (name, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(whole), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
 
 
 def test_a_last_chunk_that_is_not_full_is_filled_up(sources, tmp_path, monkeypatch):
