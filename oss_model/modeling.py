@@ -9,6 +9,7 @@ b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i inter
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -89,13 +90,13 @@ class TransformerBlock(nnx.Module):
         self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
         x, cache = self.attn(x, positions, rope, cache)
-        x = called(self.mlp, self.mlp.cfg.remat == "mlp")(self.mlp, x)
+        x = called(self.mlp, self.mlp.cfg.remat == "mlp")(x)
         return tap(self.layer, "layer_out", x), cache
 
 
-def called(module: nnx.Module, again: bool) -> Callable:
-    """Its `__call__`; with `again` computed a second time in the backward pass, so that only its inputs are kept for it."""
-    return nnx.remat(type(module).__call__) if again else type(module).__call__
+def called(module: Callable, again: bool) -> Callable:
+    """The module; with `again` computed a second time in the backward pass, so that only its inputs are kept for it."""
+    return jax.checkpoint(lambda *inputs: module(*inputs)) if again else module
 
 
 class Transformer(nnx.Module):
@@ -138,9 +139,8 @@ class Transformer(nnx.Module):
         x, rope = self.embed(tokens), self.rope(positions)
         after = []
         for n, block in enumerate(self.layers):
-            x, layer_cache = called(block, self.cfg.remat == "block")(
-                block, x, positions, rope, None if cache is None else cache[n]
-            )
+            layer_cache = None if cache is None else cache[n]
+            x, layer_cache = called(block, self.cfg.remat == "block")(x, positions, rope, layer_cache)
             after.append(layer_cache)
         return x, None if cache is None else tuple(after)
 

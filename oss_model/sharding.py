@@ -62,6 +62,8 @@ def partition_spec(axes: Sequence[str], cfg: ModelConfig, mesh_shape: Mapping[st
     sizes, rules = cfg.axes, dict(PARAMETERS)
     if cfg.param_dtype == "mxfp4":
         sizes["inner"] = sizes["inner_groups"]  # packed experts are cut between blocks only
+    if "experts" in axes:  # along `hidden` they would have to be gathered, with expert parallelism too
+        rules["fsdp"] = tuple(axis for axis in rules["fsdp"] if axis != "hidden")
     if mesh_shape is not None and sizes["inner"] % mesh_shape.get("tensor", 1):
         rules["tensor"] += ("experts",)  # where the inner axis cannot be cut
     return _partition(axes, sizes, mesh_shape, rules)

@@ -204,6 +204,17 @@ def test_loss_logits_and_gradients_are_those_of_one_device(dtype, shape, path, a
     assert bool(gathered) == ("fsdp" in axes and "expert" not in axes), gathered
 
 
+@pytest.mark.parametrize("dtype", ["float32", "mxfp4"])
+def test_a_model_that_divides_by_little(dtype, cfg, checkpoints):
+    """9 experts, 14 heads on 7, 5 blocks of 32: most of it is replicated, and it computes the same."""
+    few = dataclasses.replace(cfg, expert_path="scan")
+    expected = compiled_step(create_model_from_checkpoint(checkpoints[dtype], few), tokens_of(ODD))[1]()
+    mesh = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2})
+    model = create_model_from_checkpoint(checkpoints[dtype], few, mesh)
+    with jax.set_mesh(mesh):
+        assert_equal_to_noise(compiled_step(model, tokens_of(ODD))[1](), expected)
+
+
 def test_decoding_on_a_mesh(even_cfg, even_checkpoints):
     mesh, tokens = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2}), tokens_of((4, 20))
 

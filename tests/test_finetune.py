@@ -1,0 +1,133 @@
+"""scripts/finetune.py, as people run it: it learns, it goes on after a kill, and only what was trained is different."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from flax import nnx
+
+from oss_model import ModelConfig, add_lora, create_model_from_checkpoint, layouts
+
+SCRIPT = Path(__file__).parent.parent / "scripts/finetune.py"
+ATTENTION = ".*(q|k|v|o)_proj"
+FAST = ["--batch", "2", "--length", "24", "--learning-rate", "1e-2", "--compute", "float32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Every layer is compared with the reference, and the first difference is named.\n" * 8)
+    return path
+
+
+@pytest.fixture
+def source(even_checkpoints) -> Path:
+    """Two layers, in MXFP4."""
+    return even_checkpoints["float32"].parent / "source"
+
+
+def command(src: Path, text: Path, run: Path, *options: str) -> list[str]:
+    return [sys.executable, *map(str, (SCRIPT, src, text, run)), *FAST, *options]
+
+
+def finetune(src: Path, text: Path, run: Path, *options: str, devices: int = 1) -> str:
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command(src, text, run, *options), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(line.split()[3]) for line in output.splitlines() if line.startswith("step ")]
+
+
+def differing(source: Path, model: Path, tmp_path: Path) -> set[str]:
+    """Names of the tensors that check-parity says differ."""
+    from parity.cli import main
+
+    report = tmp_path / "report.json"
+    result = CliRunner().invoke(main, [str(source), str(model), "--json", str(report)])
+    assert result.exit_code == 1, result.output
+    return {tensor["name"] for tensor in json.loads(report.read_text())["weights"]["differing"]}
+
+
+def test_full_fine_tuning_on_a_mesh_changes_what_was_asked_for(source, text, tmp_path):
+    output = finetune(
+        source, text, tmp_path / "run", "--steps", "20", "--train", r"layers\.\d\.attn\.q_proj\..*|lm_head.weight",
+        "--mesh", "fsdp=2,expert=2", "--remat", "mlp", devices=4,
+    )  # fmt: skip
+    found = losses(output)
+    assert found[-1] < found[0] - 1
+    expected = {f"layers.{n}.attn.q_proj.{kind}" for n in range(2) for kind in ("weight", "bias")}
+    assert differing(source, tmp_path / "run/model", tmp_path) == expected | {"lm_head.weight"}
+
+
+def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path):
+    """To the same values, bit for bit, as a run that nobody killed."""
+    options = ["--steps", "24", "--save-every", "4", "--lora", ATTENTION]
+    whole = finetune(source, text, tmp_path / "whole", *options)
+    assert losses(whole)[-1] < losses(whole)[0] - 0.5
+
+    killed = subprocess.Popen(
+        command(source, text, tmp_path / "killed", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "killed/steps" / str(step)).is_dir() for step in range(4, 24, 4)):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed/model").exists()
+    output = finetune(source, text, tmp_path / "killed", *options)
+    assert "resumed after step" in output
+    assert losses(output)[-1] == losses(whole)[-1]
+
+    packed = ModelConfig.from_json(tmp_path / "whole/model/config.json")
+    a, b = (nnx.state(create_model_from_checkpoint(tmp_path / run / "model", packed)) for run in ("whole", "killed"))
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    names = {f"layers.{n}.attn.{part}_proj.weight" for n in range(2) for part in "qkvo"}
+    assert differing(source, tmp_path / "whole/model", tmp_path) == names
+
+
+def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_path):
+    rules = [r".*attn\.(q|o)_proj", r".*mlp\.(gate_up|down)"]
+    options = [word for rule in rules for word in ("--lora", rule)]
+    finetune(source, text, tmp_path / "run", "--steps", "4", *options)
+    output = finetune(source, text, tmp_path / "run", "--steps", "8", *options)
+    assert "resumed after step 4" in output
+    assert not (tmp_path / "run/model").exists()
+    import orbax.checkpoint as ocp
+
+    model = create_model_from_checkpoint(tmp_path / "run/base", ModelConfig.from_json(tmp_path / "run/base/config.json"))
+    add_lora(model, rules, rank=16, rngs=nnx.Rngs(1))
+    with ocp.StandardCheckpointer() as checkpointer:
+        nnx.update(model, checkpointer.restore((tmp_path / "run/lora").absolute(), nnx.state(model, nnx.LoRAParam)))
+    assert all(float(abs(block.mlp.down.lora_b[...]).max()) > 0 for block in model.layers)
+    assert layouts.parameters(model.cfg).keys() < {".".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--lora", ".*router"], "LoRA rule '.*router': expected more than the router"),
+        (["--train", "nothing"], "--train 'nothing': expected to match a parameter such as"),
+        (["--length", "100000"], "expected more than 100000 tokens (--length), found"),
+        (["--mesh", "data=1"], "mesh: expected axes named expert, fsdp, tensor, found 'data'"),
+        (["--mesh", "fsdp"], "--mesh: expected axes and sizes such as fsdp=4,expert=2, found 'fsdp'"),
+        (["--mesh", "fsdp=3"], "--mesh: expected sizes that multiply to 1 device, found fsdp=3"),
+    ],
+)
+def test_bad_input_is_one_line(options, fault, checkpoints, text, tmp_path):
+    done = subprocess.run(command(checkpoints["mxfp4"], text, tmp_path / "run", *options), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert fault in done.stderr
+    assert "Traceback" not in done.stderr
