@@ -3,7 +3,8 @@
     python scripts/bench_restore.py CHECKPOINT --devices 1 8 --repeats 3
 
 Each measurement is a process of its own, its clock started after the imports: a raw read of every file, and
-`StandardCheckpointer.restore` straight onto 1 and onto 8 devices (simulated on the host), cut along experts and rows.
+`StandardCheckpointer.restore` and `create_model_from_checkpoint` straight onto 1 and onto 8 devices (simulated on the
+host), cut by `fsdp`.
 The files are read once before, so that all ways find them in the page cache.
 """
 
@@ -26,34 +27,35 @@ def raw(checkpoint: Path) -> None:
                     pass
 
 
-def restore(checkpoint: Path) -> None:
+def restore(checkpoint: Path, loader: str) -> None:
     import jax
-    import numpy as np
     import orbax.checkpoint as ocp
     from flax import nnx
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from oss_model import ModelConfig
+    from oss_model import ModelConfig, create_model_from_checkpoint
+    from oss_model.memory import peak_rss
     from oss_model.params import abstract_model, as_stored, parameter_name
 
-    cfg, _ = as_stored(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    _, state = abstract_model(cfg)
+    cfg, dtypes = as_stored(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    _, state = abstract_model(cfg, mesh)
     for path, variable in nnx.to_flat_state(state):
-        value = variable.get_value()
-        along = parameter_name(path).endswith(("gate_up.weight", "down.weight", "embedding.weight", "lm_head.weight"))
-        spec = PartitionSpec("all") if along and value.shape[0] % len(jax.devices()) == 0 else PartitionSpec()
-        variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec)))
+        a = variable.get_value()
+        variable.set_value(jax.ShapeDtypeStruct(a.shape, dtypes[parameter_name(path)], sharding=a.sharding))
     start = time.perf_counter()
-    with ocp.StandardCheckpointer() as checkpointer:
-        jax.block_until_ready(checkpointer.restore(checkpoint, state))
-    print(json.dumps(time.perf_counter() - start))
+    if loader == "ours":
+        jax.block_until_ready(nnx.state(create_model_from_checkpoint(checkpoint, cfg, mesh)))
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            jax.block_until_ready(checkpointer.restore(checkpoint, state))
+    print(json.dumps([time.perf_counter() - start, peak_rss() / 1e9]))
 
 
-def measure(way: str, checkpoint: Path) -> float:
+def measure(way: str, checkpoint: Path) -> list[float]:
+    """Seconds, and peak resident GB."""
     env = dict(os.environ)
     if way != "raw":
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={way}"
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={way.split()[1]}"
     command = [sys.executable, __file__, str(checkpoint), "--one", way]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[-1])
 
@@ -69,24 +71,26 @@ def main() -> None:
     if args.one == "raw":
         start = time.perf_counter()
         raw(checkpoint)
-        print(json.dumps(time.perf_counter() - start))
+        print(json.dumps([time.perf_counter() - start, 0]))
         return
     if args.one:
-        restore(checkpoint)
+        restore(checkpoint, args.one.split()[0])
         return
-    ways = ["raw", *map(str, args.devices)]
+    ways = ["raw", *(f"{loader} {devices}" for devices in args.devices for loader in ("orbax", "ours"))]
     raw(checkpoint)
-    seconds = {way: [] for way in ways}
+    found = {way: [] for way in ways}
     for _ in range(args.repeats):
         for way in ways:
-            seconds[way].append(measure(way, checkpoint))
+            found[way].append(measure(way, checkpoint))
     gigabytes = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e9
-    print(f"{gigabytes:.2f} GB; median of {args.repeats}\n\n| way | seconds | GB/s | of a raw read |\n|---|---|---|---|")
-    base = statistics.median(seconds["raw"])
+    print(f"{gigabytes:.2f} GB; median of {args.repeats}\n")
+    print("| way | devices | seconds | GB/s | of a raw read | peak resident, GB |\n|---|---|---|---|---|---|")
+    names = {"raw": "raw read, one thread", "orbax": "StandardCheckpointer", "ours": "create_model_from_checkpoint"}
+    base = statistics.median(seconds for seconds, _ in found["raw"])
     for way in ways:
-        median = statistics.median(seconds[way])
-        name = "raw read, one thread" if way == "raw" else f"StandardCheckpointer onto {way} device{'s' * (way != '1')}"
-        print(f"| {name} | {median:.2f} | {gigabytes / median:.2f} | {median / base:.2f} |")
+        loader, _, devices = way.partition(" ")
+        median, peak = statistics.median(seconds for seconds, _ in found[way]), max(peak for _, peak in found[way])
+        print(f"| {names[loader]} | {devices} | {median:.2f} | {gigabytes / median:.2f} | {median / base:.2f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ PYTHON = [code for language, code in FENCES if language == "python"]
 
 @pytest.mark.parametrize("how", [0, 1], ids=["our loader", "plain orbax"])
 def test_loading_as_the_readme_says(how, checkpoints):
-    """Each way of loading, then the forward pass."""
-    code = PYTHON[how] + PYTHON[2]
+    """Each way of loading, then the forward pass on the mesh; generation and LoRA once."""
+    code = PYTHON[how] + PYTHON[2] + (PYTHON[3] if how == 0 else "")
     names = {"/path/to/gpt-oss-20b-orbax": checkpoints["bfloat16"], "gpt-oss-20b-orbax": checkpoints["bfloat16"]}
     for name, path in names.items():
         code = code.replace(f'"{name}', f'"{path}')
     scope: dict = {}
     exec(code, scope)
     assert scope["logits"].shape == (1, 5, 509)
+    assert len(scope["logits"].sharding.device_set) == jax.device_count() == 8
 
 
 def test_every_option_in_the_readme_exists():
