@@ -88,9 +88,13 @@ def _target(name: str, entry: dict) -> Target:
 
 
 def _with_sources(plan: Plan, anew: Plan) -> Plan:
-    """`plan`, its tensors with the sources they have in `anew`, where they have the same shape there."""
-    found = {(target.name, target.shape, target.rows): target for target in anew.targets}
-    return Plan(plan.dtype, tuple(found.get((target.name, target.shape, target.rows), target) for target in plan.targets))
+    """`plan`, its tensors with the sources they have in `anew`, where they have the same shape there.
+
+    Cut into chunks as they are stored: an older version may have cut them otherwise.
+    """
+    sources = {(target.name, target.shape): target.sources for target in anew.targets}
+    targets = (dataclasses.replace(t, sources=sources.get((t.name, t.shape), ())) for t in plan.targets)
+    return Plan(plan.dtype, tuple(targets))
 
 
 def _files(directory: Path, manifest: dict, plan: Plan) -> list[str]:

@@ -17,7 +17,8 @@ from converter.source import companions
 from converter.store import MANIFEST
 from oss_model.shards import Checkpoint
 
-FORMAT = 1  # of conversion.json and of how tensors are cut into chunks
+FORMAT = 1  # of conversion.json
+GRID = 2  # of how tensors are cut into chunks: an unfinished conversion with another one is not taken up
 HASH = "xxh3_128"
 
 
@@ -28,7 +29,7 @@ def fingerprint(checkpoint: Checkpoint, dtype: str) -> dict:
         "source": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "layout": checkpoint.layout.name,
         "dtype": dtype,
-        "version": [version("convert-oss"), FORMAT],
+        "version": [version("convert-oss"), FORMAT, GRID],
     }
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from oss_model.cache import EMPTY, init_cache
 from oss_model.errors import InputError, raise_all
 from oss_model.modeling import Transformer
+from oss_model.sharding import replicated
 
 
 def generate(
@@ -129,7 +130,7 @@ def _generate(
     made = jnp.zeros((batch, count), jnp.int32).at[:, 0].set(new)
     start = (jnp.int32(1), made, jnp.ones(batch, jnp.int32), jnp.isin(new, ends), new, cache)
     _, made, counts, *_ = jax.lax.while_loop(more, step, start)
-    return made, counts
+    return replicated(made), replicated(counts)
 
 
 def _choose(

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oss_model.config import ModelConfig
 from oss_model.errors import raise_all
-from oss_model.layers import Linear
+from oss_model.layers import Linear, contract
 from oss_model.modeling import Transformer
 from oss_model.moe import ExpertLinear
 
@@ -47,6 +47,7 @@ def add_lora(
     """
     modules = dict(_adaptable(model))
     rules = [rules] if isinstance(rules, str) else list(rules)
+    raise_all(_bad_patterns(rules))
     matched = {rule: [name for name in modules if re.fullmatch(rule, name)] for rule in rules}
     kinds = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in modules})
     faults = [f"LoRA rank: expected 1 or more, found {rank}"] if rank < 1 else []
@@ -80,10 +81,24 @@ def merge_lora(model: Transformer) -> list[str]:
     )
     for module in modules.values():
         weight, a, b = module.weight[...], module.lora_a[...], module.lora_b[...]
-        update = jnp.einsum("e...r,eri->e...i", b, a) if isinstance(module, ExpertLinear) else jnp.tensordot(b, a, axes=1)
+        if isinstance(module, ExpertLinear):
+            update = jax.vmap(lambda b, a: contract("or,ri->oi", b.reshape(-1, b.shape[-1]), a))(b, a)
+        else:
+            update = contract("or,ri->oi", b.reshape(-1, b.shape[-1]), a.reshape(a.shape[0], -1))
+        update = update.reshape(weight.shape)
         module.weight.set_value((weight.astype(jnp.float32) + module.lora_scale * update).astype(weight.dtype))
         del module.lora_a, module.lora_b, module.lora_scale
     return list(modules)
+
+
+def _bad_patterns(rules: Sequence[str]) -> list[str]:
+    faults = []
+    for rule in rules:
+        try:
+            re.compile(rule)
+        except re.error as e:
+            faults.append(f"LoRA rule {rule!r}: expected a regular expression, found one that is not ({e})")
+    return faults
 
 
 def _adaptable(model: Transformer) -> Iterator[tuple[str, Adaptable]]:

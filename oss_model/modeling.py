@@ -29,7 +29,7 @@ from oss_model.layers import (
     visibility,
 )
 from oss_model.moe import ExpertLinear, choose, experts, weigh
-from oss_model.taps import tap
+from oss_model.taps import tap, watched
 
 
 class AttentionBlock(nnx.Module):
@@ -95,8 +95,11 @@ class TransformerBlock(nnx.Module):
 
 
 def called(module: Callable, again: bool) -> Callable:
-    """The module; with `again` computed a second time in the backward pass, so that only its inputs are kept for it."""
-    return jax.checkpoint(lambda *inputs: module(*inputs)) if again else module
+    """The module; with `again` computed a second time in the backward pass, so that only its inputs are kept for it.
+
+    Not while taps are watched: a hook would be handed values of the recomputation.
+    """
+    return jax.checkpoint(lambda *inputs: module(*inputs)) if again and not watched() else module
 
 
 class Transformer(nnx.Module):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from oss_model import sharding
 from oss_model.config import MXFP4_BLOCK, ModelConfig
+from oss_model.errors import InputError
 from oss_model.layers import contract, param_dtype, swiglu
 from oss_model.mxfp4 import dequantize
 
@@ -99,10 +100,14 @@ def experts(
 
 
 def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
-    if cfg.expert_path != "auto":
-        return cfg.expert_path
     bias = gate_up["bias"]
     concrete = not isinstance(x, Tracer) and not isinstance(bias, Tracer)
+    if cfg.expert_path == "loop" and not concrete:
+        raise InputError(
+            "expert_path: expected another than 'loop' under jit, grad and on a mesh, such as 'auto', found 'loop'"
+        )
+    if cfg.expert_path != "auto":
+        return cfg.expert_path
     if jax.default_backend() == "cpu" and concrete and len(bias.sharding.device_set) == 1:
         return "loop"
     if x.shape[0] * cfg.num_experts_per_tok <= bias.shape[0]:
@@ -261,17 +266,19 @@ def _ragged(x, choice, weights, gate_up, down, cfg: ModelConfig):
         out = jax.lax.ragged_dot(rows, flat, sizes, precision=precision, preferred_element_type=jnp.float32)
         return out.reshape(-1, *weight.shape[1:-1])
 
+    mine = expert_of < count
+
     def linear(rows, stored):
         out = product(rows, _weight(stored, x.dtype)) + stored["bias"].astype(jnp.float32)[expert_of]
         if "lora_a" in stored:
             low = product(rows, stored["lora_a"].astype(x.dtype)).astype(x.dtype)
             out += product(low, stored["lora_b"].astype(x.dtype))
-        return out.astype(x.dtype)
+        # A kernel may leave anything in the rows that belong to no expert; here, before NaN can reach a gradient.
+        return jnp.where(mine.reshape(-1, *(1,) * (out.ndim - 1)), out, 0).astype(x.dtype)
 
     both = linear(x[order // k], gate_up)
     out = linear(swiglu(both[:, 0], both[:, 1], cfg), down) * weights.reshape(-1)[order][:, None]
-    out = jnp.where((expert_of < count)[:, None], out.astype(jnp.float32), 0)
-    return jnp.zeros(x.shape, jnp.float32).at[order // k].add(out)
+    return jnp.zeros(x.shape, jnp.float32).at[order // k].add(out.astype(jnp.float32))
 
 
 def _here(expert: Int[Array, "*s"], count: int) -> Bool[Array, "*s"]:

@@ -1,5 +1,6 @@
 """From a checkpoint on disk to a `Transformer`: our Orbax checkpoint, or a safetensors directory as published."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -31,7 +32,7 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
         layouts.
       cfg: the model's configuration. Parameters keep the dtype the Orbax checkpoint stores them in; from safetensors
         `cfg.param_dtype` says how MXFP4 experts are held. They are cast to `cfg.dtype` where they are used.
-      mesh: devices to place the parameters on, cut as `oss_model.sharding` says; the default device if None.
+      mesh: devices to place the parameters on, cut as `oss_model.sharding` says; this process's first device if None.
 
     Raises:
       InputError: naming everything that is missing, unexpected or misshaped, or the first damage found.
@@ -48,8 +49,9 @@ def is_orbax(path: str | os.PathLike) -> bool:
 
 def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and its state with a `jax.ShapeDtypeStruct` (sharded on `mesh`) a parameter."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
     placed = {} if mesh is None else shardings(cfg, mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
     for path, variable in nnx.to_flat_state(state):
         value = variable.get_value()
         variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed.get(parameter_name(path))))
@@ -118,7 +120,7 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
 def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
     cfg, dtypes = as_stored(path, cfg)
     graphdef, state = abstract_model(cfg, mesh)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for keys, variable in nnx.to_flat_state(state):
         value = variable.get_value()
         dtype = dtypes[parameter_name(keys)]

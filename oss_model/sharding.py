@@ -96,7 +96,8 @@ def check(mesh: Mesh | jax.sharding.AbstractMesh) -> None:
 
 def annotate(model: nnx.Module, cfg: ModelConfig) -> None:
     """Note every parameter's PartitionSpec, on the mesh that is set, where `nnx.get_partition_spec` finds it."""
-    specs = partition_specs(cfg, mesh_shape() or None)
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = partition_specs(cfg, None if mesh.empty else mesh.shape)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         variable.set_metadata(out_sharding=specs[".".join(map(str, path))])
 
@@ -116,6 +117,11 @@ def constrain(letters: str, x: jax.Array) -> jax.Array:
     if not shape:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, shape))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """`x` whole on every device of the mesh that is set, where every process can read it."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if mesh_shape() else x
 
 
 def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:

@@ -28,6 +28,11 @@ def tap(layer: int | None, name: str, value: jax.Array) -> jax.Array:
     return value if hook is None else hook(layer, name, value)
 
 
+def watched() -> bool:
+    """Whether a hook is set."""
+    return _hook.get() is not None
+
+
 @contextmanager
 def tapping(hook: Hook) -> Iterator[None]:
     """Hand every tapped value of the forward passes inside the block to `hook`."""

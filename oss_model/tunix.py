@@ -1,14 +1,17 @@
 """The model as tunix's trainers and sampler call it (checked with google-tunix 0.1.7, `scripts/tunix`).
 
-    model = TunixTransformer(create_model_from_checkpoint(path, cfg, mesh))
-    PeftTrainer(model, optax.adamw(1e-5), TrainingConfig(...))
+    model = TunixTransformer(create_model_from_checkpoint(path, cfg, mesh), mesh)
+    with mesh:  # which tunix itself looks for
+        PeftTrainer(model, optax.adamw(1e-5), TrainingConfig(...)).train(...)
 
 The parameters are those of `model.model`, the `Transformer`, and are shared with it.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -30,8 +33,10 @@ class TunixConfig:
 
 
 class TunixTransformer(nnx.Module):
-    def __init__(self, model: Transformer):
-        self.model = model
+    """`mesh`: the one the parameters are on, if they are; set while the model runs, since tunix does not."""
+
+    def __init__(self, model: Transformer, mesh: jax.sharding.Mesh | None = None):
+        self.model, self.mesh = model, mesh
 
     def __call__(
         self,
@@ -56,8 +61,9 @@ class TunixTransformer(nnx.Module):
         if cache is None or length > 1:
             real = jnp.diagonal(attention_mask[:, :, :length], axis1=1, axis2=2)
             positions = jnp.where(real, positions, EMPTY)
-        x, cache = self.model.stream(input_tokens, positions.astype(jnp.int32), cache)
-        return self.model.unembed(x[:, -1:] if decode_only_last_token else x), cache
+        with contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            x, cache = self.model.stream(input_tokens, positions.astype(jnp.int32), cache)
+            return self.model.unembed(x[:, -1:] if decode_only_last_token else x), cache
 
     def init_cache(self, batch_size: int, cache_size: int, dtype: Any) -> Cache:
         return init_cache(self.model.cfg, batch_size, cache_size, dtype)

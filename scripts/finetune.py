@@ -1,16 +1,19 @@
-"""Fine-tune gpt-oss on a text file: convert, restore onto a mesh, train, save with plain Orbax.
+r"""Fine-tune gpt-oss on a text file: convert, restore onto a mesh, train, save with plain Orbax.
 
-    python scripts/finetune.py gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
-    python scripts/finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\\.(gate_up|down)'
+\b
+    finetune.py gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
+    finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\.(gate_up|down)'
 
-Without --lora every parameter that --train matches is trained, in float32. With --lora the experts stay packed MXFP4 and
-only low-rank updates are trained. The same command goes on where a killed run, or one of fewer --steps, stopped.
+Without --lora the parameters that --train matches are trained, in float32. With --lora only low-rank updates are, over
+experts that stay packed MXFP4. The same command goes on where a killed run, or one of fewer --steps, stopped.
 
-RUN/base is the converted checkpoint, RUN/steps what a resumed run needs, RUN/model the result: a checkpoint like the one
-convert-oss makes. Low-rank updates are in RUN/lora, and folded into RUN/model, unless they are of packed experts.
+RUN/base is the converted checkpoint, RUN/steps what a resumed run needs, RUN/model the result, in the tree of the checkpoint
+that convert-oss makes. Low-rank updates are in RUN/lora, and folded into RUN/model, unless they are of packed experts.
+One process, all its devices; docs/training.md has what changes with several hosts.
 """
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -26,16 +29,68 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from converter import convert
+from converter.errors import Different, Incomplete
 from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora
 from oss_model.params import is_orbax, parameter_name
+from oss_model.sharding import check
+from oss_model.shards import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """A filter of `flax.nnx`: the parameters whose whole name matches."""
+
+    pattern: str
+
+    def __call__(self, path: tuple, value: object) -> bool:
+        return isinstance(value, nnx.Param) and re.fullmatch(self.pattern, parameter_name(path)) is not None
+
+
+def make_mesh(text: str) -> jax.sharding.Mesh:
+    """`fsdp=4,expert=2`: the devices there are, cut so; a size of -1 is what is left."""
+    if not re.fullmatch(r"\w+=(-1|[1-9]\d*)(,\w+=(-1|[1-9]\d*))*", text):
+        raise InputError(f"--mesh: expected axes and sizes such as fsdp=4,expert=2, found {text!r}")
+    pairs = [(axis, int(size)) for axis, size in (part.split("=") for part in text.split(","))]
+    count, given = jax.device_count(), math.prod(size for _, size in pairs if size > 0)
+    sizes = {axis: count // given if size == -1 else size for axis, size in pairs}
+    if len(sizes) < len(pairs) or math.prod(sizes.values()) != count:
+        raise InputError(f"--mesh: expected sizes that multiply to {count} device{'s' * (count > 1)}, found {text}")
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    check(mesh)
+    return mesh
+
+
+def same_run(file: Path, settings: dict) -> None:
+    """Note what this run is, or see that it is the one noted: a resumed run must be what it was."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1))
+        return
+    before = json.loads(file.read_text())
+    faults = [
+        f"{file.parent}: expected {name} {before.get(name)!r} as when it began, found {value!r}; use another directory"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if faults:
+        raise InputError(*faults)
+
+
+def converted(src: Path, base: Path, lora: bool) -> Path:
+    """An Orbax checkpoint of `src`: packed for LoRA where it can be, in float32 to train all of it; as it is, if it is one."""
+    if is_orbax(src):
+        return src
+    if not is_orbax(base):
+        convert(src, base, dtype="float32" if not lora else "mxfp4" if Checkpoint(src).layout.packed else "bfloat16")
+    return base
 
 
 def tokenize(text: Path, checkpoint: Path) -> np.ndarray:
     """int32 [tokens]: by the checkpoint's tokenizer, or, where it has none, the bytes themselves."""
     if (checkpoint / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # pip install tokenizers
 
-        return np.array(Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text()).ids, np.int32)
+        return np.array(Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text("utf-8")).ids, np.int32)
     return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int32)
 
 
@@ -50,94 +105,28 @@ def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-def save(model: nnx.Module, base: Path, out: Path) -> None:
-    """The result, beside what a reader needs to use it. Written aside and renamed: it is whole or not there."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial.absolute(), nnx.state(model))
-    if jax.process_index() == 0:
-        for file in base.iterdir():
-            if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
-                shutil.copy2(file, partial)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-
-
-def make_mesh(text: str) -> jax.sharding.Mesh:
-    """`fsdp=4,expert=2`: the devices there are, cut so; a size of -1 is what is left."""
-    found = re.fullmatch(r"\w+=-?\d+(,\w+=-?\d+)*", text)
-    if not found:
-        raise InputError(f"--mesh: expected axes and sizes such as fsdp=4,expert=2, found {text!r}")
-    sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-    count = jax.device_count()
-    left = count // math.prod(size for size in sizes.values() if size > 0)
-    sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != count:
-        raise InputError(f"--mesh: expected sizes that multiply to {count} device{'s' * (count > 1)}, found {text}")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
-
-
-@click.command(help=__doc__)
-@click.argument("src", type=click.Path(exists=True, path_type=Path))
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--mesh", default="fsdp=-1", show_default=True, help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.")
-@click.option("--lora", multiple=True, metavar="REGEX", help="Modules to adapt; may be repeated.")
-@click.option("--rank", default=16, show_default=True, help="Of the LoRA updates.")
-@click.option("--train", default=".*", show_default=True, metavar="REGEX", help="Parameters to train without --lora.")
-@click.option("--steps", default=100, show_default=True)
-@click.option("--save-every", default=50, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--length", default=256, show_default=True, help="Tokens a row.")
-@click.option("--learning-rate", default=1e-4, show_default=True)
-@click.option("--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
-def main(src, text, run, mesh, lora, rank, train, steps, save_every, batch, length, learning_rate, compute, remat):
-    # 1. Convert, once. A checkpoint that is converted already is used as it is.
-    base = src if is_orbax(src) else run / "base"
-    if not is_orbax(base):
-        convert(src, base, dtype="mxfp4" if lora else "float32")
-    tokens = tokenize(text, base)
-    if len(tokens) <= length:
-        raise InputError(f"{text}: expected more than {length} tokens (--length), found {len(tokens)}")
-
-    # 2. Restore straight onto the mesh.
-    mesh = make_mesh(mesh)
-    cfg = dataclasses.replace(ModelConfig.from_json(base / "config.json"), dtype=np.dtype(compute), remat=remat)
-    model = create_model_from_checkpoint(base, cfg, mesh)
-
-    # 3. What is trained, and how.
-    if lora:
-        names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
-    else:
-        trained = Matching(train)
-        names = [parameter_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, trained))]
-        if not names:
-            raise InputError(
-                f"--train {train!r}: expected to match a parameter such as layers.0.attn.q_proj.weight, found none"
-            )
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps=min(10, steps // 4), decay_steps=steps)
-    descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0))
+def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: jax.sharding.Mesh, state: Path, every: int):
+    """The model after `steps` steps of Adam on `batches(step)`; its state is kept in `state`, and taken up from there."""
+    schedule = optax.linear_schedule(rate / 10, rate, transition_steps=10)
+    descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     graphdef, params, frozen = nnx.split(model, trained, ...)
     everywhere = jax.NamedSharding(mesh, jax.P())  # the optimizer's step counts; its moments are where the parameters are
     moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
-    count = sum(a.size for a in jax.tree.leaves(params))
-    click.echo(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(mesh.shape)}")
 
-    def train_step(params, moments, frozen, tokens):
+    def step_fn(params, moments, frozen, tokens):
         loss, grads = jax.value_and_grad(lambda params: loss_fn(nnx.merge(graphdef, params, frozen), tokens))(params)
         updates, moments = descent.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, loss
 
     # What comes out of a step is placed as what went in; frozen parameters go in only.
     placed = jax.tree.map(lambda a: a.sharding, (params, moments))
-    train_step = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+    train_step = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=(*placed, None))
 
-    # 4. Train; the state of a killed run is taken up.
-    options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=1)
-    with ocp.CheckpointManager((run / "steps").absolute(), options=options) as manager, jax.set_mesh(mesh):
+    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=1)
+    with ocp.CheckpointManager(state.absolute(), options=options) as manager, jax.set_mesh(mesh):
         done = manager.latest_step() or 0
+        if done > steps:
+            raise InputError(f"--steps: expected {done} or more, which {state.parent} has done already, found {steps}")
         if done:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": params, "moments": moments})
             restored = manager.restore(done, args=ocp.args.StandardRestore(like))
@@ -145,16 +134,85 @@ def main(src, text, run, mesh, lora, rank, train, steps, save_every, batch, leng
             click.echo(f"resumed after step {done}")
         start = time.perf_counter()
         for step in range(done + 1, steps + 1):
-            params, moments, loss = train_step(params, moments, frozen, batch_of(tokens, step, batch, length))
+            tokens = batches(step)
+            params, moments, loss = train_step(params, moments, frozen, tokens)
             if step % 10 == 0 or step in (done + 1, steps):
-                speed = (step - done) * batch * length / (time.perf_counter() - start)
+                speed = (step - done) * tokens.size / (time.perf_counter() - start)
                 click.echo(f"step {step:5}   loss {float(loss):.4f}   {speed:,.0f} tokens/s")
-            state = ocp.args.StandardSave({"params": params, "moments": moments})
-            manager.save(step, args=state, force=step == steps)
+            manager.save(step, args=ocp.args.StandardSave({"params": params, "moments": moments}), force=step == steps)
         manager.wait_until_finished()
-    model = nnx.merge(graphdef, params, frozen)
+    return nnx.merge(graphdef, params, frozen)
 
-    # 5. Save the model with plain Orbax.
+
+def save(model: Transformer, base: Path, out: Path) -> None:
+    """The result, beside what a reader needs to use it. Written aside and renamed: it is whole or not there."""
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial.absolute(), nnx.state(model))
+    for file in base.iterdir():
+        if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
+            shutil.copy2(file, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def pattern(_context, _option, value):
+    """A click callback: regular expressions only."""
+    for text in [value] if isinstance(value, str) else value:
+        try:
+            re.compile(text)
+        except re.error as e:
+            raise click.BadParameter(f"{text!r} is no regular expression ({e})") from None
+    return value
+
+
+AT_LEAST_1 = click.IntRange(min=1)
+
+
+@click.command(help=__doc__)
+@click.argument("src", type=click.Path(exists=True, path_type=Path))
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--mesh", default="fsdp=-1", show_default=True, help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.")
+@click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
+@click.option("--rank", default=16, show_default=True, type=AT_LEAST_1, help="Of the LoRA updates.")
+@click.option("--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora.")
+@click.option("--steps", default=100, show_default=True, type=AT_LEAST_1)
+@click.option("--save-every", default=50, show_default=True, type=AT_LEAST_1)
+@click.option("--batch", default=8, show_default=True, type=AT_LEAST_1)
+@click.option("--length", default=256, show_default=True, type=AT_LEAST_1, help="Tokens a row.")
+@click.option("--learning-rate", default=1e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
+def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, remat):
+    devices = make_mesh(mesh)
+    what = {"source": str(src.resolve()), "text": str(text.resolve()), "lora": list(lora), "rank": rank, "train": chosen}
+    how = {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute}
+    same_run(run / "run.json", what | how)
+
+    base = converted(src, run / "base", bool(lora))
+    tokens = tokenize(text, base)
+    if len(tokens) <= length:
+        raise InputError(f"{text}: expected more than {length} tokens (--length), found {len(tokens)}")
+
+    cfg = dataclasses.replace(ModelConfig.from_json(base / "config.json"), dtype=np.dtype(compute), remat=remat)
+    model = create_model_from_checkpoint(base, cfg, devices)
+    if lora:
+        names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
+    else:
+        if model.cfg.param_dtype != "float32":  # small updates would be rounded away
+            raise InputError(f"{base}: expected float32 parameters, found {model.cfg.param_dtype}; convert-oss --dtype float32")
+        names, trained = [path for path, _ in nnx.to_flat_state(nnx.state(model, Matching(chosen)))], Matching(chosen)
+        if not names:
+            raise InputError(f"--train {chosen!r}: expected to match a parameter such as norm.scale, found none")
+    count = sum(a.size for a in jax.tree.leaves(nnx.state(model, trained)))
+    click.echo(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(devices.shape)}")
+
+    def batches(step: int) -> np.ndarray:
+        return batch_of(tokens, step, batch, length)
+
+    model = train(model, trained, batches, steps, learning_rate, devices, run / "steps", save_every)
     if lora:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((run / "lora").absolute(), nnx.state(model, nnx.LoRAParam), force=True)
@@ -166,19 +224,12 @@ def main(src, text, run, mesh, lora, rank, train, steps, save_every, batch, leng
     click.echo(f"model: {run / 'model'}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Matching:
-    """A filter of `flax.nnx`: the parameters whose whole name matches."""
-
-    pattern: str
-
-    def __call__(self, path: tuple, value: object) -> bool:
-        return isinstance(value, nnx.Param) and re.fullmatch(self.pattern, parameter_name(path)) is not None
-
-
 if __name__ == "__main__":
     try:
         main()
     except InputError as e:
         click.echo("\n".join(e.faults), err=True)
         raise SystemExit(2) from None
+    except (Different, Incomplete) as e:
+        click.echo(str(e), err=True)
+        raise SystemExit(1 if isinstance(e, Different) else 3) from None

@@ -104,6 +104,14 @@ def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_pa
     finetune(source, text, tmp_path / "run", "--steps", "4", *options)
     output = finetune(source, text, tmp_path / "run", "--steps", "8", *options)
     assert "resumed after step 4" in output
+    other = [*options[:-1], r".*mlp\.down", "--steps", "2", "--rank", "8"]
+    done = subprocess.run(command(source, text, tmp_path / "run", *other), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line.split(" as when")[0] for line in done.stderr.splitlines()] == [
+        f"{tmp_path / 'run'}: expected lora {rules!r}",
+        f"{tmp_path / 'run'}: expected rank 16",
+    ]
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/model").exists()
     import orbax.checkpoint as ocp
 
@@ -115,11 +123,20 @@ def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_pa
     assert layouts.parameters(model.cfg).keys() < {".".join(map(str, p)) for p, _ in nnx.to_flat_state(nnx.state(model))}
 
 
+def test_nothing_is_converted_before_the_options_are_good(source, text, tmp_path):
+    done = subprocess.run(command(source, text, tmp_path / "run", "--mesh", "data=1"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
+        ([], "expected float32 parameters, found mxfp4; convert-oss --dtype float32"),
+        (["--train", "("], "'(' is no regular expression"),
+        (["--steps", "0"], "0 is not in the range x>=1"),
+        (["--mesh", "fsdp=1,fsdp=1"], "--mesh: expected sizes that multiply to 1 device, found fsdp=1,fsdp=1"),
         (["--lora", ".*router"], "LoRA rule '.*router': expected more than the router"),
-        (["--train", "nothing"], "--train 'nothing': expected to match a parameter such as"),
         (["--length", "100000"], "expected more than 100000 tokens (--length), found"),
         (["--mesh", "data=1"], "mesh: expected axes named expert, fsdp, tensor, found 'data'"),
         (["--mesh", "fsdp"], "--mesh: expected axes and sizes such as fsdp=4,expert=2, found 'fsdp'"),
