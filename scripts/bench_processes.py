@@ -4,7 +4,7 @@
 
 Each process has one CPU device and knows the others by jax.distributed, as hosts of a cluster would. Bytes read are those
 of the process's read calls (/proc/self/io); its share is the bytes of the shards it ends up with. With --step they
-then train a step together and save the model with plain Orbax under OUT.
+then generate, train a step together and save the model with plain Orbax under OUT.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def worker(checkpoint: Path, axis: str, out: Path | None, index: int, count: int
     from flax import nnx
     from jax.sharding import AxisType
 
-    from oss_model import ModelConfig, create_model_from_checkpoint
+    from oss_model import ModelConfig, create_model_from_checkpoint, generate
     from oss_model.memory import peak_rss
 
     mesh = jax.make_mesh((count,), (axis,), axis_types=(AxisType.Auto,))
@@ -59,10 +59,11 @@ def worker(checkpoint: Path, axis: str, out: Path | None, index: int, count: int
 
     tokens = jnp.arange(8 * 16, dtype=jnp.int32).reshape(8, 16) * 7 % cfg.vocab_size
     with jax.set_mesh(mesh):
+        text = generate(model, [[1, 2, 3], [4]], 4)
         loss = step(model, jax.device_put(tokens, jax.NamedSharding(mesh, jax.P())))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(out.absolute(), nnx.state(model))
-    return found | {"loss": float(loss)}
+    return found | {"loss": float(loss), "text": text}
 
 
 def launch(checkpoint: Path, axis: str, out: Path | None, count: int) -> list[dict]:

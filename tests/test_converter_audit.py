@@ -11,6 +11,7 @@ from converter import convert
 from converter.audit import verify_checkpoint
 from converter.cli import verify_main
 from oss_model.errors import InputError
+from oss_model.shards import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +141,21 @@ def test_verification_after_conversion_finds_a_disk_that_lies(sources, tmp_path,
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert convert(sources["hf"], tmp_path / "out").status == "resumed"
+
+
+def test_a_checkpoint_cut_otherwise_is_still_compared_with_its_source(sources, tmp_path, monkeypatch):
+    """As one made by an older version: its chunks are its own, and the source's bytes still count."""
+    source = Path(shutil.copytree(sources["hf"], tmp_path / "source"))
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.plan.WHOLE_BYTES", 1)
+        patch.setattr("converter.plan.PARTS", 7)
+        convert(source, tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "out", source).status == "pass"
+    with Checkpoint(source).shards as shards:
+        tensor = shards.tensors["model.layers.1.self_attn.q_proj.weight"]
+    with open(tensor.file, "r+b") as f:
+        f.seek(tensor.offset + 5)
+        f.write(b"\x55")
+    found = verify_checkpoint(tmp_path / "out", source)
+    assert found.status == "fail"
+    assert any("layers.1.attn.q_proj.weight" in line and "differs from the source" in line for line in found.differences)

@@ -56,6 +56,7 @@ def test_each_process_reads_its_share(runs, count):
 def test_a_step_together_is_a_step_alone(runs, count, checkpoint):
     """The loss, and every parameter after it: read back from what the processes saved together, by one process."""
     found, out = runs
+    assert all(run["text"] == found[count][0]["text"] and len(run["text"][1]) == 4 for run in found[count])
     cfg = ModelConfig.from_json(checkpoint / "config.json")
     assert {run["loss"] for run in found[count]} == {found[count][0]["loss"]}
     assert found[count][0]["loss"] == pytest.approx(found["1"][0]["loss"], abs=2e-2)  # bfloat16

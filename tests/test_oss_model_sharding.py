@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, init_cache
+from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, generate, init_cache
 from oss_model.lora import add_lora
 from oss_model.params import abstract_model, parameter_name
 from oss_model.sharding import partition_specs, shardings
@@ -135,6 +135,22 @@ def test_flaxs_own_idiom_finds_the_same_cuts(even_cfg):
     _, ours = abstract_model(even_cfg, mesh)
     for a, b in zip(jax.tree.leaves(theirs), jax.tree.leaves(ours), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    alone = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    _, state = nnx.get_abstract_model(lambda: Transformer(cfg, rngs=nnx.Rngs(0)), alone)
+    assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=name_of)
+def test_an_optimizers_moments_lie_where_the_parameters_do(shape, even_cfg, even_checkpoints):
+    import optax
+
+    mesh = mesh_of(shape)
+    model = create_model_from_checkpoint(even_checkpoints["mxfp4"], dataclasses.replace(even_cfg, use_sharding=True), mesh)
+    with jax.set_mesh(mesh):
+        optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+    moments = [v for v in jax.tree.leaves(nnx.state(optimizer)) if v.ndim]
+    for a, b in zip(moments, jax.tree.leaves(nnx.state(model, nnx.Param)), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 # --- computing --------------------------------------------------------------------------------------------------
@@ -169,8 +185,8 @@ def assert_equal_to_noise(ours, theirs):
 
 def gathered_expert_weights(hlo: str, cfg: ModelConfig) -> list[tuple[int, ...]]:
     """Results of the all-gathers in compiled HLO that have the axes of expert weights, values or packed."""
-    results = re.findall(r"= \(?\w+\[([\d,]+)\][^\n]* all-gather(?:-start)?\(", hlo)
-    found = [tuple(map(int, dims.split(","))) for dims in results]
+    results = re.findall(r"= ([^\n]*?) all-gather(?:-start)?\(", hlo)  # several, where gathers were combined
+    found = [tuple(map(int, dims.split(","))) for result in results for dims in re.findall(r"\[([\d,]+)\]", result)]
     counts = (1, 2, 4, 8, cfg.num_experts)
     # [experts, 2, inner, …] or [experts, hidden, inner, …]; the indices of the embedding are [rows, 2, 1]
     return [dims for dims in found if len(dims) >= 3 and dims[0] in counts and dims[1] in (2, cfg.hidden_size) and dims[2] > 1]
@@ -204,13 +220,12 @@ def test_loss_logits_and_gradients_are_those_of_one_device(dtype, shape, path, a
     assert bool(gathered) == ("fsdp" in axes and "expert" not in axes), gathered
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mxfp4"])
-def test_a_model_that_divides_by_little(dtype, cfg, checkpoints):
+def test_a_model_that_divides_by_little(cfg, checkpoints):
     """9 experts, 14 heads on 7, 5 blocks of 32: most of it is replicated, and it computes the same."""
     few = dataclasses.replace(cfg, expert_path="scan")
-    expected = compiled_step(create_model_from_checkpoint(checkpoints[dtype], few), tokens_of(ODD))[1]()
+    expected = compiled_step(create_model_from_checkpoint(checkpoints["mxfp4"], few), tokens_of(ODD))[1]()
     mesh = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2})
-    model = create_model_from_checkpoint(checkpoints[dtype], few, mesh)
+    model = create_model_from_checkpoint(checkpoints["mxfp4"], few, mesh)
     with jax.set_mesh(mesh):
         assert_equal_to_noise(compiled_step(model, tokens_of(ODD))[1](), expected)
 
@@ -227,6 +242,8 @@ def test_decoding_on_a_mesh(even_cfg, even_checkpoints):
     model = create_model_from_checkpoint(even_checkpoints["float32"], even_cfg, mesh)
     with jax.set_mesh(mesh):
         assert_equal_to_noise(decode(model, tokens), expected)
+        made = generate(model, [[5, 6, 7], [8]], 6)
+    assert made == generate(create_model_from_checkpoint(even_checkpoints["float32"], even_cfg), [[5, 6, 7], [8]], 6)
 
 
 def test_lora_over_packed_experts_on_a_mesh(even_cfg, even_checkpoints):
