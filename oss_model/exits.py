@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -37,8 +38,7 @@ def run_command(command: Callable[[], int | None]) -> int:
       command: returns an exit code, 0 if None. `SystemExit` passes through.
     """
     _keep_streams()
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_no_traceback)
+    _hush_orbax()
     with _terminated_like_interrupted():
         try:
             code = command() or 0
@@ -96,9 +96,26 @@ def _report(error: BaseException) -> int:
     return code
 
 
+def _hush_orbax() -> None:
+    """What Orbax raises, it also logs, whole tracebacks long; and the reads it no longer waits for end in yet others."""
+    logging.getLogger("absl").addFilter(_is_no_traceback)
+    logging.getLogger("asyncio").addFilter(_is_nothing)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
 def _is_no_traceback(record: logging.LogRecord) -> bool:
-    """Orbax logs what it raises, whole tracebacks long, and so does asyncio what nobody waits for any more."""
     return not record.exc_info
+
+
+def _is_nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _unraisable(found: Any) -> None:
+    """`sys.unraisablehook`, but for coroutines that nobody awaits, and for results that come after their loop is closed."""
+    if not isinstance(found.object, types.CoroutineType) and str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 @contextlib.contextmanager

@@ -179,3 +179,50 @@ def test_sigterm_does_what_ctrl_c_does(number):
     _, err = process.communicate()
     assert (process.returncode, err.splitlines()[-1]) == (130, "error: interrupted")
     assert "Traceback" not in err
+
+
+def test_what_orbax_leaves_behind_is_not_shown():
+    """Reads nobody waits for any more: they end after the command, each in a traceback of its own."""
+    code = """
+import asyncio, logging, sys
+from oss_model.errors import InputError
+from oss_model.exits import run_command
+
+async def read():
+    try:
+        await asyncio.sleep(9)
+    finally:
+        raise Exception("Encountered error while reading array")
+
+class Late:
+    def __del__(self):
+        loop.call_soon_threadsafe(print)
+
+class Ours:
+    def __del__(self):
+        raise ValueError("of ours")
+
+def command():
+    global loop, task
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(read())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    try:
+        raise KeyError("raised")
+    except KeyError:
+        logging.getLogger("absl").exception("raised, and logged too")
+    raise InputError("no")
+
+code = run_command(command)
+del task
+Late()
+if len(sys.argv) > 1:
+    Ours()
+sys.exit(code)
+"""
+    for more in ([], ["ours"]):
+        run = subprocess.run([sys.executable, "-c", code, *more], capture_output=True, text=True)
+        shown = [line for line in run.stderr.splitlines() if not line.startswith((" ", "Traceback", "Exception ignored"))]
+        assert (run.returncode, shown[0]) == (2, "error: no"), run.stderr
+        assert shown[1:] == (["ValueError: of ours"] if more else []), run.stderr
