@@ -2,11 +2,16 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
+
+from oss_model.errors import InputError, place_faults, raise_all
+from oss_model.exits import ending, run_click
 
 
 class Share(click.ParamType):
@@ -27,7 +32,7 @@ def _shared_options(command: Callable) -> Callable:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("destination", metavar="DST", type=click.Path())
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "mxfp4"]),
@@ -41,7 +46,7 @@ def _shared_options(command: Callable) -> Callable:
 @click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
 @click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
 @_shared_options
-def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose) -> int:
+def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose) -> int:
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST.
 
     SRC is a directory of safetensors: Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original, recognised by
@@ -56,6 +61,7 @@ def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_me
     def run() -> int:
         from oss_model.memory import parse_size
 
+        dst = _usable(src, destination)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
         if dry_run:
             from converter.preview import describe, preview
@@ -67,15 +73,38 @@ def _convert_oss(src, dst, dtype, dry_run, overwrite, no_verify, process, max_me
         from converter.progress import progress_bar
 
         options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
-        with progress_bar(quiet) as progress:
-            result = convert(src, dst, dtype, progress=progress, **options)
+        try:
+            with progress_bar(quiet) as progress:
+                result = convert(src, dst, dtype, progress=progress, **options)
+        except KeyboardInterrupt:
+            partial = dst.with_name(f"{dst.name}.partial")
+            where = f" in {partial}" if partial.is_dir() else ""
+            raise KeyboardInterrupt(f"what is written is kept{where}: run the same command again to go on") from None
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(result)))
         elif not quiet:
             _say(result, verbose)
         return 0
 
-    return _guarded(run, as_json, f"what is written is kept in {dst}.partial: run the same command again to go on")
+    return _guarded(run, as_json)
+
+
+def _usable(src: str, destination: str) -> Path:
+    """DST, by a name of its own (`.` has none). A place that cannot be used is found here, with all that is wrong with SRC."""
+    from oss_model.shards import Checkpoint
+
+    dst = Path(destination)
+    if dst.name in ("", ".."):
+        dst = Path(os.path.realpath(dst))
+    root = f"{dst}: expected a new or empty directory, found the root of the file system; give another name"
+    faults = place_faults(dst) if dst.name else [root]
+    if faults:
+        try:
+            Checkpoint(src).shards.close()
+        except (InputError, OSError) as error:
+            faults = [*ending(error)[1], *faults]
+    raise_all(faults)
+    return dst
 
 
 def _say(result, verbose: bool) -> None:
@@ -123,48 +152,26 @@ def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
             )
         return 1 if found.differences else 0
 
-    return _guarded(run, as_json, "nothing is changed by looking")
+    return _guarded(run, as_json)
 
 
-def _guarded(run: Callable[[], int], as_json: bool, interrupted: str) -> int:
-    """Run, and turn what can go wrong into lines on standard error and an exit code."""
-    from converter.errors import Different, Incomplete
-    from oss_model.errors import InputError
-
+def _guarded(run: Callable[[], int], as_json: bool) -> int:
+    """Run; where that fails, say so in JSON too, if JSON is asked for."""
     try:
         return run()
-    except InputError as e:
-        code, faults = 2, e.faults
-    except Different as e:
-        code, faults = 1, e.differences
-    except (Incomplete, OSError) as e:
-        code, faults = 3, [str(e)]
-    except KeyboardInterrupt:
-        code, faults = 130, [f"interrupted; {interrupted}"]
-    for fault in faults:
-        click.echo(f"error: {fault}", err=True)
-    if as_json:
-        click.echo(json.dumps({"status": "failed", "exit_code": code, "errors": faults}))
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        if as_json:
+            code, lines = ending(error)
+            click.echo(json.dumps({"status": "failed", "exit_code": code, "errors": lines}))
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:
-    return _run(_convert_oss, "convert-oss", argv)
+    return run_click(_convert_oss, "convert-oss", argv)
 
 
 def verify_main(argv: list[str] | None = None) -> int:
-    return _run(_verify_oss, "verify-oss", argv)
-
-
-def _run(command: click.Command, name: str, argv: list[str] | None) -> int:
-    """Exit code 2 and an `error: ` line for wrong usage too, as for wrong input."""
-    try:
-        return command.main(argv, prog_name=name, standalone_mode=False) or 0
-    except click.UsageError as e:
-        click.echo(f"error: {e.format_message()} (try {name} --help)", err=True)
-        return 2
-    except click.Abort:
-        return 130
+    return run_click(_verify_oss, "verify-oss", argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
 import threading
@@ -23,7 +22,7 @@ from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
-from oss_model.errors import InputError
+from oss_model.errors import InputError, meaning, system_error
 from oss_model.memory import peak_rss
 from oss_model.shards import Checkpoint
 
@@ -267,6 +266,11 @@ class Counter:
         self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
 
 
-def _incomplete(error: OSError, workspace: Workspace) -> Incomplete:
-    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"writing failed ({error})"
-    return Incomplete(f"{workspace.directory}: {what}; what is written is kept there: make room, and the same command resumes")
+def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:
+    """What the system's error means: before the first chunk a place that cannot be used, after it an interruption."""
+    found = system_error(error, str(error.filename or workspace.directory))
+    if not os.path.isdir(workspace.checkpoint):
+        return InputError(*found.faults if found else [f"{workspace.directory}: {error}; give another place"])
+    what, to_do = meaning(error) or (f"writing failed ({error})", "")
+    to_do = to_do if isinstance(found, Incomplete) else "mend that"
+    return Incomplete(f"{workspace.directory}: {what}; what is written is kept there: {to_do}, and the same command resumes")

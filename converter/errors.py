@@ -1,13 +1,15 @@
 """What a conversion can end with, besides success and `oss_model.errors.InputError`."""
 
+from oss_model.errors import CommandError, Incomplete
 
-class Incomplete(Exception):
-    """The conversion could not go on, but nothing is lost: the same command, run again, resumes (exit code 3)."""
+__all__ = ["Different", "Incomplete"]
 
 
-class Different(Exception):
-    """What is on disk is not what it should be (exit code 1). One line a difference."""
+class Different(CommandError):
+    """What is on disk is not what it should be. One line a difference."""
+
+    exit_code = 1
 
     def __init__(self, differences: list[str]):
-        self.differences = differences
-        super().__init__("\n".join(differences))
+        super().__init__(*differences)
+        self.differences = self.faults

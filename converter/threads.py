@@ -66,23 +66,29 @@ def in_threads(
 def interruptible() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C sets. A second one interrupts at once, as usual.
 
-    Off the main thread, where signals cannot be handled, nothing sets the event.
+    The same goes for every signal that would raise KeyboardInterrupt; in our commands SIGTERM is one. Off the main
+    thread, where signals cannot be handled, nothing sets the event.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.default_int_handler]
+
+    def as_usual() -> None:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        as_usual()
 
-    signal.signal(signal.SIGINT, handle)
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        as_usual()
 
 
 def stop_here(stop: threading.Event) -> None:

@@ -1,12 +1,14 @@
-"""How much memory this process has taken."""
+"""How much memory this process has taken, what is left, and how to tell that it ran out."""
 
 import contextlib
 import ctypes
+import errno
 import gc
 import re
+import sys
 from pathlib import Path
 
-from oss_model.errors import InputError
+from oss_model.errors import InputError, system_errno
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -31,7 +33,8 @@ def peak_rss() -> int:
     except (OSError, IndexError):  # not Linux
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10  # bytes on macOS, KiB everywhere else
 
 
 def release() -> None:
@@ -46,3 +49,38 @@ def rss() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def free_memory() -> int:
+    """Bytes this process can still take: what the machine has free, or less where the process has a limit (ulimit -v)."""
+    import resource
+
+    import psutil
+
+    free, limit = psutil.virtual_memory().available, resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - psutil.Process().memory_info().vms))
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The line in which `error`, or what it was raised from, says that memory ran out; None if none does."""
+    while error is not None:
+        text = str(error) or type(error).__name__
+        number = system_errno(error)
+        if (
+            isinstance(error, MemoryError)
+            or number == errno.ENOMEM
+            # XLA's. tensorstore has the same words for a full disk, but then adds the system's number.
+            or (text.startswith("RESOURCE_EXHAUSTED") and number is None)
+            or text == "can't start new thread"  # its stack finds no room
+        ):
+            return text.splitlines()[0]
+        error = error.__cause__
+    return None
+
+
+def size(nbytes: int | float) -> str:
+    """Decimal, as disks are sold: 812 bytes, 3.4 MB, 13.8 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"

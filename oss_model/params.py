@@ -20,6 +20,7 @@ from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import release
 from oss_model.modeling import Transformer
+from oss_model.restoring import restoring
 from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
 
@@ -36,6 +37,7 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
 
     Raises:
       InputError: naming everything that is missing, unexpected or misshaped, or the first damage found.
+      OutOfMemory: if it does not fit, on the host or on a device.
     """
     path = Path(checkpoint_path).absolute()
     if is_orbax(path):
@@ -67,13 +69,13 @@ def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...
     """Name -> (shape, dtype) of every parameter of an Orbax checkpoint, from its metadata.
 
     Raises:
-      InputError: if it cannot be read, or its tree is not that of a model state.
+      InputError: if it is none, cannot be read, or its tree is not that of a model state.
+      OutOfMemory: if memory ran out.
     """
-    try:
-        tree: Any = ocp.PyTreeCheckpointer().metadata(Path(path).absolute()).item_metadata
-        tree = tree.tree
-    except (OSError, ValueError, KeyError, AttributeError) as e:
-        raise InputError(f"{path}: expected an Orbax checkpoint, found one whose metadata is unreadable ({e})") from None
+    path = Path(path).absolute()
+    with restoring(path):
+        # Not a Checkpointer, which logs what is wrong and goes on without metadata.
+        tree: Any = ocp.PyTreeCheckpointHandler().metadata(path).tree  # type: ignore[arg-type]
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
     found = {}
     for keys, leaf in leaves:
@@ -126,18 +128,13 @@ def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
         dtype = dtypes[parameter_name(keys)]
         variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
     # At most so much on the way to the devices at a time; without it Orbax reads everything at once, and the peak doubles.
-    largest = max(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(2, math.ceil(largest / 1e9)))
+    sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(state)]
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(2, math.ceil(max(sizes) / 1e9)))
     wanted = ocp.args.PyTreeRestore(item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
-    try:
+    with restoring(path, sum(sizes)):
         with ocp.Checkpointer(handler) as checkpointer:
             state = checkpointer.restore(path, args=wanted)
-    except Exception as e:  # Orbax raises bare Exceptions for missing and damaged chunks
-        reason = str(e).split(". See full", 1)[0].splitlines()[0]
-        raise InputError(
-            f"{path}: expected a whole checkpoint, found one that cannot be read ({reason}): try verify-oss"
-        ) from e
-    jax.block_until_ready(state)  # copies to the devices go on after Orbax returns, and hold what they copy
+        jax.block_until_ready(state)  # copies to the devices go on after Orbax returns, and hold what they copy
     release()
     return nnx.merge(graphdef, state)
 

@@ -9,7 +9,6 @@ keeps its size over depth. The same seed gives the same model in every layout, v
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -22,7 +21,8 @@ import numpy as np
 
 from oss_model import layouts, mxfp4
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError, raise_all
+from oss_model.errors import Incomplete, InputError, place_faults, raise_all, system_error
+from oss_model.exits import run_command
 from oss_model.shards import INDEX, write_shard
 
 SHARD_BYTES = 4_900_000_000  # as in the published 20b: three shards
@@ -238,6 +238,10 @@ def _write_json(path: Path, data: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m oss_model.synthetic", description="Write a seeded gpt-oss checkpoint.")
     parser.add_argument("out", metavar="OUT", help="a new or empty directory")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the model (default: tiny)")
@@ -248,19 +252,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error(f"argument --seed: expected 0 or more, found {args.seed}")
+    changes = {"num_hidden_layers": args.layers, "num_experts": args.experts}
+    changes = {field: n for field, n in changes.items() if n is not None}
+    cfg = dataclasses.replace(SIZES[args.size](), layer_types=(), **changes)
+    raise_all(place_faults(args.out))
+    again = f"remove {args.out}, which is not whole, and run this again"
     try:
-        cfg = SIZES[args.size]()
-        changes = {"num_hidden_layers": args.layers, "num_experts": args.experts}
-        changes = {field: n for field, n in changes.items() if n is not None}
-        cfg = dataclasses.replace(cfg, layer_types=(), **changes)
         write_checkpoint(args.out, cfg, args.layout, args.seed)
-    except InputError as e:
-        print("\n".join(f"error: {fault}" for fault in e.faults), file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"error: {args.out}: cannot be written ({e.strerror or e})", file=sys.stderr)
-        return 3 if e.errno == errno.ENOSPC else 2
-    return 0
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
+    except OSError as error:
+        found = system_error(error, args.out)
+        raise (Incomplete(f"{found}, {again}") if isinstance(found, Incomplete) else found or error) from error
 
 
 if __name__ == "__main__":

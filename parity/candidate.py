@@ -20,6 +20,7 @@ from flax import nnx
 
 from oss_model import ModelConfig, Transformer, TransformerBlock, init_cache, moe
 from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
+from oss_model.restoring import restoring
 from oss_model.taps import LAYER_TAPS, tapping
 from parity.sides import Arrays, Sizes
 
@@ -99,11 +100,13 @@ class Candidate:
             node[leaf] = {"value": jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
         arguments = ocp.checkpoint_utils.construct_restore_args(tree)
         request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.restore(self.path, args=request)
-        if self.large:
-            jax.block_until_ready(tree)  # the copy out of Orbax's buffers goes on in the background
-            gc.collect()  # and they too are in cycles
+        nbytes = sum(math.prod(self.stored[name][0]) * self.stored[name][1].itemsize for name in names)
+        with restoring(self.path, nbytes):
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                tree = checkpointer.restore(self.path, args=request)
+            if self.large:
+                jax.block_until_ready(tree)  # the copy out of Orbax's buffers goes on in the background
+                gc.collect()  # and they too are in cycles
         return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
 
     def _model(self, dtype: Any) -> Transformer:

@@ -4,12 +4,15 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
+
+from oss_model.errors import Incomplete, InputError, place_faults, raise_all, system_error
+from oss_model.exits import run_click
 
 if TYPE_CHECKING:
     from parity.recording import Recording
@@ -19,7 +22,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class _Command(click.Command):
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
+        """Run, and exit with the code that this ends with."""
+        sys.exit(run_click(self, "check-parity", args))
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="[SRC]", required=False, type=click.Path(path_type=Path))
 @click.argument("checkpoint", metavar="[DST]", required=False, type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Also compare every component of every layer, each fed the reference's input.")
@@ -45,7 +54,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--self-test", is_flag=True, help="Test the tool itself: put every known mistake into a right port, one at a time."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompt.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
@@ -58,7 +67,7 @@ def main(
     golden: Path | None,
     self_test: bool,
     **options,
-):
+) -> int:
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
     SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
@@ -74,47 +83,35 @@ def main(
       check-parity gpt-oss-20b/ gpt-oss-20b-orbax/ --layers --json report.json --html report.html
 
     \b
-    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed, 130 interrupted.
+    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed, 70 a bug, 130 interrupted.
     """
-    from oss_model.errors import InputError, raise_all
     from oss_model.memory import parse_size
     from oss_model.shards import Checkpoint
 
     outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
     files = {form: file for form, file in outputs.items() if file is not None}
-    faults = _misplaced(files)
-    try:
-        if options["max_memory"] is not None:
-            options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
-        with tempfile.TemporaryDirectory() as scratch:
-            if self_test:
-                raise_all([*faults, *_not_for_self_test(context)])
-                sys.exit(_self_test(Path(scratch), files))
-            try:
-                pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
-                if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
-                    Checkpoint(pair[0]).shards.close()
-            except InputError as e:
-                raise InputError(*faults, *e.faults) from None
-            raise_all(faults)
-            report = _compare(*pair, prompt_file, options)
-        click.echo(report.table())
-        _write(report, files)
-        code = report.exit_code
-    except InputError as e:
-        for fault in e.faults:
-            click.echo(f"error: {fault}", err=True)
-        code = 2
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        code = 130
-    sys.exit(code)
+    faults = _misplaced(files, options["record"])
+    if options["max_memory"] is not None:
+        options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
+    with tempfile.TemporaryDirectory() as scratch:
+        if self_test:
+            raise_all([*faults, *_not_for_self_test(context)])
+            return _self_test(Path(scratch), files)
+        try:
+            pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
+            if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
+                Checkpoint(pair[0]).shards.close()
+        except InputError as e:
+            raise InputError(*faults, *e.faults) from None
+        raise_all(faults)
+        report = _compare(*pair, prompt_file, options)
+    click.echo(report.table())
+    _write(report, files)
+    return report.exit_code
 
 
 def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[Path, Path]:
     """Both directories: as given, or from DST's manifest, or made small and fresh."""
-    from oss_model.errors import InputError
-
     if source is not None and checkpoint is not None:
         return source, checkpoint
     if source is not None:
@@ -134,7 +131,6 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
 
 
 def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tuple[Recording, Path]":
-    from oss_model.errors import InputError
     from parity.recording import Recording
 
     given = [path for path in (source, checkpoint) if path is not None]
@@ -162,8 +158,6 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
 
 
 def _need_torch() -> None:
-    from oss_model.errors import InputError
-
     try:
         import torch  # noqa: F401
         import transformers
@@ -202,13 +196,15 @@ def _progress_bar() -> "Iterator[Callable[[int, int, str], None]]":
 # --- reports ----------------------------------------------------------------------------------------------------
 
 
-def _misplaced(files: dict[str, Path]) -> list[str]:
-    """What is wrong with where the reports are to go, known before the long part."""
-    faults = []
+def _misplaced(files: dict[str, Path], record: Path | None) -> list[str]:
+    """What is wrong with where the reports and the recording are to go, known before the long part."""
+    faults = [] if record is None else place_faults(record)
     taken: dict[Path, str] = {}
     for form, file in files.items():
-        if not file.absolute().parent.is_dir():
-            faults.append(f"{file}: expected a file in an existing directory; make {file.parent} first")
+        found = place_faults(file)
+        if not found and not file.absolute().parent.is_dir():
+            found = [f"{file}: expected a file in an existing directory; make {file.parent} first"]
+        faults += found
         other = taken.setdefault(file.absolute(), form)
         if other != form:
             faults.append(f"{file}: expected a file for each report, found --{other} and --{form} here")
@@ -227,13 +223,13 @@ def _write(report: "Report", files: dict[str, Path]) -> None:
 
 
 def _write_each(files: dict[str, tuple[Path, Callable[[], str]]]) -> None:
-    from oss_model.errors import raise_all
-
-    faults = []
+    faults, kind = [], InputError
     for file, render in files.values():
         try:
             file.write_text(render(), encoding="utf-8")
             click.echo(f"report {file}", err=True)
         except OSError as e:
+            kind = Incomplete if isinstance(system_error(e), Incomplete) else kind
             faults.append(f"{file}: could not be written ({e.strerror}); the comparison itself is done, see above")
-    raise_all(faults)
+    if faults:
+        raise kind(*faults)

@@ -1,13 +1,18 @@
 """convert-oss as a command: exit codes, what goes to which stream, and a quick --help."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from converter.cli import main
+from converter.store import Store
 from oss_model.config import ModelConfig
 from oss_model.synthetic import write_checkpoint
 
@@ -71,3 +76,116 @@ def test_bad_usage_is_2_without_a_traceback(argv, capsys):
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+# --- places and signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dst", "problem"),
+    [
+        ("", "convert-oss: expected no empty argument, found one; is a variable of the shell not set?"),
+        (".", "{tmp}: expected a new or empty directory, found one with other files in it; it is not a checkpoint"),
+        ("/", "/: expected a new or empty directory, found the root of the file system; give another name"),
+        ("{hf}/config.json/x", "{hf}/config.json/x: below a file, where only a directory can have anything in it; give"),
+        ("loop/x", "loop/x: symbolic links that lead in a circle; mend them, or give another place"),
+        ("n" * 300, "{dst}: a name longer than the file system allows; give a shorter one"),
+        ("n" * 252, "{dst}.partial: a name longer than the file system allows; give a shorter one"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_a_line_and_2(hf, tmp_path, monkeypatch, capsys, dst, problem):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    dst = dst.format(hf=hf)
+    assert main([str(hf), dst]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {problem.format(tmp=tmp_path, hf=hf, dst=dst)}")
+    assert os.listdir() == ["loop"]
+
+
+def test_an_empty_source_and_all_that_is_wrong_at_once(hf, tmp_path, capsys):
+    assert main(["", str(tmp_path / "out")]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: convert-oss: expected no empty argument, found one; is a variable of the shell not set?\n"
+    )
+    assert main([str(tmp_path / "none"), str(hf / "config.json/x")]) == 2
+    assert [line.split(":")[1].strip() for line in capsys.readouterr().err.splitlines()] == [
+        f"{tmp_path}/none",
+        f"{hf}/config.json/x",
+    ]
+
+
+def test_the_current_directory_is_used_where_it_is_empty(hf, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert main([str(hf), ".", "-q", "--no-verify"]) == 0
+    assert (tmp_path / "out" / "conversion.json").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_what_fails_before_the_first_byte_is_bad_input_and_after_it_incomplete(hf, tmp_path, monkeypatch, capsys, number):
+    def refuse(self, *arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    def run() -> tuple[int, str]:
+        code = main([str(hf), str(tmp_path / "out"), "-q"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path}/out.partial: ")
+        return code, line
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        code, line = run()
+    assert (code, "what is written is kept" in line) == (2, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_chunk", refuse)
+        code, line = run()
+    assert (code, "what is written is kept there: " in line) == (3, True)
+    assert ("make room" in line) == (number == errno.ENOSPC)
+
+
+SLOWLY = """
+import sys, time
+from converter.store import Store
+from converter.cli import main
+write = Store.write_chunk
+def slow(*arguments):
+    time.sleep({seconds})
+    return write(*arguments)
+Store.write_chunk = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def begin(hf: Path, out: Path, seconds: float, *options: str) -> subprocess.Popen:
+    """A conversion in a process of its own, that has written three chunks."""
+    command = [sys.executable, "-c", SLOWLY.format(seconds=seconds), str(hf), str(out), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal, deadline = out.with_name(f"{out.name}.partial") / "journal.1-of-1", time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"chunk") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_sigterm_ends_in_order_as_ctrl_c_does(hf, tmp_path):
+    out = tmp_path / "out"
+    process = begin(hf, out, 0.02, "-q", "--json")
+    process.send_signal(signal.SIGTERM)
+    output, err = process.communicate()
+    line = f"interrupted; what is written is kept in {out}.partial: run the same command again to go on"
+    assert (process.returncode, err) == (130, f"error: {line}\n")
+    assert json.loads(output) == {"status": "failed", "exit_code": 130, "errors": [line]}
+    noted = [line for line in (tmp_path / "out.partial/journal.1-of-1").read_text().splitlines() if line]
+    files = [path for path in (tmp_path / "out.partial").glob("checkpoint/*/c/**/*") if path.is_file()]
+    assert len(noted) == len(files) < 168  # what was under way has been ended
+
+
+def test_a_reader_who_leaves_changes_nothing(hf, tmp_path):
+    command = f"{sys.executable} -m converter.cli {hf} {tmp_path}/out -v 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("converting: ")
+    assert (tmp_path / "out" / "conversion.json").is_file()

@@ -368,7 +368,8 @@ def test_command_line_with_a_place_that_cannot_be_written(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}: {problem}\n"
     out = tmp_path / "file" / "out"
     assert main([str(out)]) == 2
-    assert capsys.readouterr().err == f"error: {out}: cannot be written (Not a directory)\n"
+    problem = "below a file, where only a directory can have anything in it; give another place"
+    assert capsys.readouterr().err == f"error: {out}: {problem}\n"
 
 
 def test_command_line_on_a_full_disk(tmp_path, capsys, monkeypatch):
@@ -378,4 +379,5 @@ def test_command_line_on_a_full_disk(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(synthetic, "write_shard", full)
     out = tmp_path / "out"
     assert main([str(out)]) == 3
-    assert capsys.readouterr().err == f"error: {out}: cannot be written (No space left on device)\n"
+    problem = f"the disk is full; make room, remove {out}, which is not whole, and run this again"
+    assert capsys.readouterr().err == f"error: {out}: {problem}\n"

@@ -366,12 +366,12 @@ def test_every_bad_place_is_named_at_once(tmp_path):
 def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(tmp_path, monkeypatch, healthy):
     from pathlib import Path
 
-    from oss_model.errors import InputError
+    from oss_model.errors import Incomplete
     from parity import cli
 
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match="could not be written \\(No space left on device\\)"):
+    with pytest.raises(Incomplete, match="could not be written \\(No space left on device\\)"):
         cli._write(healthy, {"html": tmp_path / "report.html"})

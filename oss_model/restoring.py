@@ -1,0 +1,53 @@
+"""What can be wrong when an Orbax checkpoint is read, and how it is told: memory ran out, or it is damaged."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from oss_model.errors import CommandError, InputError, OutOfMemory, system_errno, system_error
+from oss_model.memory import free_memory, out_of_memory, size
+
+
+@contextlib.contextmanager
+def restoring(path: Path, nbytes: int = 0) -> Iterator[None]:
+    """Errors of Orbax while it reads the checkpoint at `path`, as what they are.
+
+    Args:
+      nbytes: of the parameters that are read.
+
+    Raises:
+      OutOfMemory: if memory ran out, of the host or of a device.
+      InputError: if a file is damaged or missing, or may not be read.
+      Incomplete: if the disk failed.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:  # Orbax raises bare Exceptions for whatever happens; the cause of the first says what
+        if (reason := out_of_memory(error)) is not None:
+            raise OutOfMemory(
+                f"{path}: out of memory while it was read ({reason}): what is read takes {size(nbytes)}, {_free()} free; "
+                "end other programs, load it onto more devices, or store it with --dtype mxfp4"
+            ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        found = system_error(cause, str(path))
+        if found is None or system_errno(cause) in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            reason = str(cause).split(" [tensorstore", 1)[0].partition("\n")[0]
+            reason = f"{type(cause).__name__} {reason}" if isinstance(cause, KeyError) else reason
+            found = InputError(f"{path}: expected a whole checkpoint, found one that cannot be read ({reason}): try verify-oss")
+        raise found from error
+
+
+def _free() -> str:
+    """What is free, on the device that runs out first."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}  # the host's own has none
+    if "bytes_limit" in stats:
+        return f"{size(stats['bytes_limit'] - stats['bytes_in_use'])} of {device} are"
+    return f"{size(free_memory())} are"

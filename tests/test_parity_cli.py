@@ -1,0 +1,70 @@
+"""check-parity as a command: what it refuses, with which line and which exit code, before the long part."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parity import cli
+
+
+def run(*arguments: object) -> tuple[int, list[str]]:
+    """Exit code, and the lines on standard error."""
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    return result.exit_code, result.stderr.splitlines()
+
+
+@pytest.fixture
+def pair(sources, checkpoints) -> tuple[Path, Path]:
+    return sources["hf"], checkpoints["bfloat16"]
+
+
+def test_a_recording_that_cannot_be_made_is_a_line_and_2(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" / "x"
+    problem = "below a file, where only a directory can have anything in it; give another place"
+    assert run(*pair, "--record", where) == (2, [f"error: {where}: {problem}"])
+
+
+def test_a_seed_below_zero_is_refused(pair):
+    problem = "Invalid value for '--seed': -1 is not in the range x>=0. (try check-parity --help)"
+    assert run(*pair, "--seed", "-1") == (2, [f"error: {problem}"])
+
+
+def test_a_report_whose_directory_vanishes_is_a_line_and_2(pair, tmp_path, monkeypatch):
+    class Report:
+        exit_code = 0
+
+        def table(self):
+            (tmp_path / "reports").rmdir()
+            return "PASS"
+
+        def to_json(self):
+            return "{}"
+
+    (tmp_path / "reports").mkdir()
+    monkeypatch.setattr("parity.comparison.compare", lambda *arguments, **options: Report())
+    file = tmp_path / "reports" / "report.json"
+    problem = "could not be written (No such file or directory); the comparison itself is done, see above"
+    assert run(*pair, "--json", file) == (2, [f"error: {file}: {problem}"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (PermissionError(errno.EACCES, "no", "F"), 2, "error: F: permission denied; give another place, or ask for permission"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError("Unable to allocate 9 GiB"), 3, "error: out of memory (Unable to allocate 9 GiB): "),
+        (ZeroDivisionError(), 70, "error: this is a bug of convert-oss, not of your input: please report it"),
+    ],
+)
+def test_whatever_happens_on_the_way_is_no_divergence(pair, monkeypatch, error, code, last):
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("parity.comparison.compare", fails)
+    found, lines = run(*pair)
+    assert found == code
+    assert lines[-1].startswith(last)
+    assert ("Traceback" in lines[0]) == (code == 70)
