@@ -102,23 +102,26 @@ def convert(
         tidied = False
         if destination.only_tidying_left(before):
             finished = tidied = True
-            workspace.discard()
+            workspace.lock()
+            workspace.clear()
+            workspace.leave()
         else:
             destination.check(checkpoint.directory, overwrite)
             workspace.check()
             load_orbax()  # before memory is measured, for it is most of it
             run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
             try:
-                workspace.enter(before, restart=overwrite)
+                workspace.lock()
                 destination.check(checkpoint.directory, overwrite)  # once more: another process may have finished
+                workspace.begin(before, restart=overwrite)
                 finished = run.stream() and run.finish(before, verify)
                 if finished:
                     destination.finish(workspace)
+                finished = finished or not workspace.checkpoint.exists()  # by another process
             except OSError as error:
                 raise _incomplete(error, workspace) from error
             finally:
                 workspace.leave()
-        finished = finished or not workspace.directory.exists()  # by another process
     return Result(
         status=("resumed" if tidied or run.kept else "complete") if finished else "share-written",
         source=str(Path(src).resolve()),

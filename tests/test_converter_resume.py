@@ -1,9 +1,11 @@
 """Cut off anywhere, a conversion is taken up, ends byte-identical, and never looks complete before it is."""
 
+import dataclasses
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import pytest
 from converter import conversion, convert
 from converter.errors import Incomplete
 from converter.store import Store
-from converter.workspace import Workspace
+from converter.workspace import MARK, Workspace
+from oss_model.config import ModelConfig
 from oss_model.errors import InputError
+from oss_model.synthetic import write_checkpoint
 
 TIME_STAMPED = {"_CHECKPOINT_METADATA", "conversion.json"}
 
@@ -25,6 +29,21 @@ TIME_STAMPED = {"_CHECKPOINT_METADATA", "conversion.json"}
 @pytest.fixture(scope="module")
 def hf(sources) -> Path:
     return sources["hf"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A source of one layer, where the number of chunks does not matter."""
+    cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=1, layer_types=())
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "source", cfg)
+
+
+@pytest.fixture(scope="module")
+def small_out(small, tmp_path_factory) -> Path:
+    """Converted, as float32. Read only."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, "float32", verify=False)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +203,76 @@ def test_a_second_converter_refuses(hf, tmp_path):
     assert busy == [f"{tmp_path}/out.partial: another convert-oss is writing there; wait until it has ended, or end it"]
 
 
-def test_what_is_not_an_unfinished_conversion_is_left_alone(hf, tmp_path):
+def tree(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "checkpoint/weights.bin", "journal.1-of-1", "state.json", "lock"])
+def test_what_is_not_an_unfinished_conversion_is_left_alone(small, tmp_path, name):
+    """Whatever it is called: nothing there says that it is ours."""
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work")
+    with pytest.raises(InputError) as caught:
+        convert(small, tmp_path / "out", overwrite=True)
+    assert str(caught.value) == (
+        f"{tmp_path}/out.partial: expected an unfinished conversion, found other files ({name.split('/')[0]}); move them away"
+    )
+    assert tree(tmp_path) == {f"out.partial/{name}": b"years of work"}
+
+
+def test_what_is_put_beside_an_unfinished_conversion_is_left_alone(small, tmp_path, fail_after, monkeypatch):
+    """Names that only begin like ours; with the options that throw most away."""
+    partial = cut_off(small, tmp_path / "out", fail_after, monkeypatch, 10).parent
+    (partial / "checkpoint-500").mkdir()
+    for name in ("checkpoint-500/model.bin", "journal.md", "locked.txt", "done.1-of-1.bak", "replaced.old"):
+        (partial / name).write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as caught:
+        convert(small, tmp_path / "out", "float32", overwrite=True)
+    some = "checkpoint-500, done.1-of-1.bak, journal.md and 2 more"
+    assert str(caught.value) == f"{partial}: expected an unfinished conversion, found other files ({some}); move them away"
+    assert tree(tmp_path) == before
+
+
+def test_an_unfinished_conversion_of_version_0_1_0_is_taken_up(small, tmp_path, fail_after, monkeypatch):
+    """Its lock says nothing; its state.json does."""
+    partial = cut_off(small, tmp_path / "out", fail_after, monkeypatch, 10).parent
+    (partial / "lock").write_bytes(b"")
+    assert convert(small, tmp_path / "out").status == "resumed"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("lock", [None, b"", MARK[:20], bytes(len(MARK))])
+def test_cut_off_before_the_workspace_says_whose_it_is(small, tmp_path, lock):
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"expected an unfinished conversion, found other files \(thesis.tex\); move"):
-        convert(hf, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+    if lock is not None:
+        (tmp_path / "out.partial" / "lock").write_bytes(lock)
+    assert convert(small, tmp_path / "out", verify=False).status == "complete"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_what_the_manifest_names_and_nothing_else(small, small_out, tmp_path):
+    out = Path(shutil.copytree(small_out, tmp_path / "out"))
+    (out / "run-1").mkdir()
+    (out / "run-1" / "step_100").write_text("weeks of training")
+    (out / "notes.md").symlink_to("/dev/null")
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as caught:
+        convert(small, out, overwrite=True)
+    assert caught.value.faults == [
+        f"{out}/{name}: not in conversion.json, so --overwrite does not remove it; move it away"
+        for name in ("notes.md", "run-1/step_100")
+    ]
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_manifest_proves_nothing(small, small_out, tmp_path):
+    out = Path(shutil.copytree(small_out, tmp_path / "out"))
+    text = (out / "conversion.json").read_text()
+    (out / "conversion.json").write_text(text.replace("float32", "float64", 1))
+    with pytest.raises(InputError, match=r"its conversion.json is damaged, so it is never overwritten: give another name"):
+        convert(small, out, overwrite=True)
 
 
 @pytest.mark.parametrize("moment", ["before the last rename", "before tidying", "while tidying"])
@@ -203,7 +286,8 @@ def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda self, to: dies() if self.name == "checkpoint" else rename(self, to))
     elif moment == "before tidying":
-        monkeypatch.setattr(Workspace, "discard", dies)
+        clear = Workspace.clear
+        monkeypatch.setattr(Workspace, "clear", lambda self: clear(self) if self._state() is None else dies())
     else:
         monkeypatch.setattr("converter.workspace.shutil", SimpleNamespace(rmtree=dies))
     with pytest.raises(KeyboardInterrupt):
@@ -294,7 +378,8 @@ def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path
 
 def test_the_same_share_twice_at_once_is_refused(hf, tmp_path):
     mine = Workspace(tmp_path / "out.partial", (1, 2))
-    mine.enter(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
+    mine.lock()
+    mine.begin(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
     with pytest.raises(InputError, match=r"process 1/2 is already at work there; wait until it has ended, or end it"):
         convert(hf, tmp_path / "out", process=(1, 2))
     with pytest.raises(InputError, match="a conversion by 2 processes runs there"):
