@@ -114,15 +114,24 @@ class Workspace:
         Of those that find all shares written, the first to take the lock finishes; the others wait for it.
         """
         write_file(self.directory / f"done.{self._name}", b"", durable=True)
-        count = self.process[1]
-        if not all((self.directory / f"done.{index}-of-{count}").exists() for index in range(1, count + 1)):
+        if not self._all_done():
             return False
-        self._lock("lock.finish", fcntl.LOCK_EX, wait=True)
+        self._locks.append(self._wait_to_finish())
+        return self.checkpoint.is_dir() and self._all_done()
+
+    def reopen_share(self) -> bool:
+        """Take back `share_done`, before chunks are written again. Returns whether they are still wanted.
+
+        Not while another process finishes, which takes it that nobody writes; and once it has, there is nothing to write.
+        """
+        fd = self._wait_to_finish()
+        (self.directory / f"done.{self._name}").unlink(missing_ok=True)
+        os.close(fd)
         return self.checkpoint.is_dir()
 
-    def reopen_share(self) -> None:
-        """Take back `share_done`, before chunks are written again."""
-        (self.directory / f"done.{self._name}").unlink(missing_ok=True)
+    def _all_done(self) -> bool:
+        count = self.process[1]
+        return all((self.directory / f"done.{index}-of-{count}").exists() for index in range(1, count + 1))
 
     def clear(self) -> None:
         """Remove all of ours but the locks; the state last, so that what is left can be told."""
@@ -161,7 +170,12 @@ class Workspace:
                 time.sleep(0.1)
         raise self._busy("another convert-oss is writing there")
 
-    def _lock(self, name: str, kind: int, wait: bool = False) -> bool:
+    def _wait_to_finish(self) -> int:
+        fd = os.open(self.directory / "lock.finish", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    def _lock(self, name: str, kind: int) -> bool:
         path = self.directory / name
         try:
             self.directory.mkdir(exist_ok=True)  # whoever held it may have removed the directory
@@ -169,7 +183,7 @@ class Workspace:
         except FileNotFoundError:
             return False  # is removing it
         try:
-            fcntl.flock(fd, kind | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
             if os.fstat(fd).st_ino == path.stat().st_ino:
                 self._locks.append(fd)
                 return True

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from converter import conversion, convert
-from converter.errors import Incomplete
+from converter import conversion, convert, store
+from converter.errors import Different, Incomplete
 from converter.store import Store
 from converter.workspace import MARK, Workspace
 from oss_model.config import ModelConfig
@@ -44,6 +45,14 @@ def small_out(small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("small") / "out"
     convert(small, out, "float32", verify=False)
     return out
+
+
+@pytest.fixture(scope="module")
+def small_whole(small, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion of it to bfloat16 writes."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, verify=False)
+    return contents(out)
 
 
 @pytest.fixture(scope="module")
@@ -374,6 +383,93 @@ def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for process in processes:
         process.stderr.close()
+
+
+def of_the_first_share(out: Path) -> Path:
+    """A chunk that process 1/2 has written."""
+    name, partial = "layers.0.mlp.gate_up.weight.value/c/4/0/0/0", out.with_name("out.partial")
+    assert name in (partial / "journal.1-of-2").read_text()
+    return partial / "checkpoint" / name
+
+
+def lose(path: Path, how: str) -> None:
+    """What a power loss may do to a share that was called done."""
+    if how == "its file":
+        path.unlink()
+    elif how == "its directory":
+        shutil.rmtree(path.parents[2])
+    elif how == "its end":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        journal = next(parent for parent in path.parents if parent.name == "checkpoint").with_name("journal.1-of-2")
+        journal.write_bytes(b"".join(line for line in journal.read_bytes().splitlines(True) if b'c/4/0/0/0"' not in line))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("how", ["its file", "its directory", "its end", "its line in the journal"])
+def test_who_finishes_writes_what_other_shares_have_lost(small, small_whole, tmp_path, how, verify):
+    out = tmp_path / "out"
+    assert convert(small, out, process=(1, 2), verify=verify).status == "share-written"
+    lose(of_the_first_share(out), how)
+    assert convert(small, out, process=(2, 2), verify=verify).status == "complete"
+    assert contents(out) == small_whole
+
+
+def test_who_finishes_mends_another_share_that_verification_has_found_wrong(small, small_whole, tmp_path):
+    """The line says to convert again, which must be true of every share, whichever has the damage."""
+    out = tmp_path / "out"
+    convert(small, out, process=(1, 2))
+    wrong = of_the_first_share(out)
+    wrong.write_bytes(bytes(wrong.stat().st_size))
+    with pytest.raises(Different, match=r"gate_up.weight: .*/c/4/0/0/0: differs from the source, .*; convert again"):
+        convert(small, out, process=(2, 2))
+    assert not out.exists()
+    assert convert(small, out, process=(2, 2)).verified
+    assert contents(out) == small_whole
+
+
+def test_a_share_is_not_written_again_while_another_process_finishes(tmp_path):
+    mine, other = (Workspace(tmp_path / "out.partial", (index, 2)) for index in (1, 2))
+    for workspace in (mine, other):
+        workspace.lock()
+        workspace.begin({"source": {}, "layout": "hf", "dtype": "bfloat16", "version": []}, restart=False)
+    assert not mine.share_done()
+    assert other.share_done()
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(mine.reopen_share)
+        with pytest.raises(TimeoutError):
+            again.result(0.1)
+        assert (tmp_path / "out.partial" / "done.1-of-2").exists()
+        other.leave()
+        assert again.result(10)
+    other.lock()
+    assert not other.share_done()  # it was taken back
+    assert mine.share_done()
+    shutil.rmtree(mine.checkpoint)  # finished
+    mine.leave()
+    assert not other.reopen_share()
+    other.leave()
+
+
+def test_a_share_is_on_the_disk_by_name_before_it_is_called_done(small, tmp_path, monkeypatch):
+    fsync, synced, checked = os.fsync, {}, []
+
+    def recording(fd):
+        fsync(fd)
+        synced[os.fstat(fd).st_ino] = os.fstat(fd).st_mtime_ns
+
+    def done(path, data, durable=False):
+        if path.name.startswith("done."):
+            checkpoint = path.parent / "checkpoint"
+            for found in [checkpoint, *checkpoint.rglob("*")]:
+                assert synced.get(found.stat().st_ino) == found.stat().st_mtime_ns, found
+                checked.append(found)
+        store.write_file(path, data, durable)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr("converter.workspace.write_file", done)
+    convert(small, tmp_path / "out", process=(2, 2))
+    assert len(checked) > 50
 
 
 def test_the_same_share_twice_at_once_is_refused(hf, tmp_path):
