@@ -101,23 +101,26 @@ def convert(
         tidied = False
         if destination.only_tidying_left(before):
             finished = tidied = True
-            workspace.discard()
+            workspace.lock()
+            workspace.clear()
+            workspace.leave()
         else:
             destination.check(checkpoint.directory, overwrite)
             workspace.check()
             load_orbax()  # before memory is measured, for it is most of it
             run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
             try:
-                workspace.enter(before, restart=overwrite)
+                workspace.lock()
                 destination.check(checkpoint.directory, overwrite)  # once more: another process may have finished
-                finished = run.stream() and run.finish(before, verify)
-                if finished:
+                workspace.begin(before, restart=overwrite)
+                if run.stream():
+                    run.finish(before, verify)
                     destination.finish(workspace)
+                finished = not workspace.checkpoint.exists()  # by this process, or by another
             except OSError as error:
                 raise _incomplete(error, workspace) from error
             finally:
                 workspace.leave()
-        finished = finished or not workspace.directory.exists()  # by another process
     return Result(
         status=("resumed" if tidied or run.kept else "complete") if finished else "share-written",
         source=str(Path(src).resolve()),
@@ -132,6 +135,24 @@ def convert(
         peak_rss_bytes=peak_rss(),
         verified=verify and finished and not tidied,
     )
+
+
+class Counter:
+    """Counts chunks as they are done, and reports."""
+
+    def __init__(self, phase: str, chunks: list[Chunk], progress: Callable[[Progress], None]):
+        self._phase, self._progress = phase, progress
+        self._total = sum(chunk.nbytes for chunk in chunks)
+        self._left: dict[str, int] = {}
+        for chunk in chunks:
+            self._left[chunk.target.name] = self._left.get(chunk.target.name, 0) + 1
+        self._done = self._tensors_done = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self._done += chunk.nbytes
+        self._left[chunk.target.name] -= 1
+        self._tensors_done += self._left[chunk.target.name] == 0
+        self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
 
 
 class Run:
@@ -158,25 +179,19 @@ class Run:
         whole = self._whole(share)
         self.kept = len(whole)
         todo = [chunk for chunk in share if chunk.path not in whole]
-        if todo:
-            self.workspace.reopen_share()
-        with contextlib.closing(self.workspace.journal()) as journal:
-            show = Counter("converting", share, self._progress)
-            for chunk in share:
-                if chunk.path in whole:
-                    show.add(chunk)
-            for chunk, nbytes in in_threads(lambda: self._writer(journal), todo, self.needs.workers, self.stop):
-                # Here, while the threads go on: the disk has been at work on these pages since they were written.
-                sync(self.store.directory / chunk.path)
-                self.bytes_read += nbytes
-                self.bytes_written += chunk.nbytes
+        if todo and not self.workspace.reopen_share():
+            return False
+        show = Counter("converting", share, self._progress)
+        for chunk in share:
+            if chunk.path in whole:
                 show.add(chunk)
-            journal.sync()
-        stop_here(self.stop)
+        self._write(todo, show)
+        self.store.sync_directories(share)
         return self.workspace.share_done()
 
-    def finish(self, before: dict, verify: bool) -> bool:
+    def finish(self, before: dict, verify: bool) -> None:
         """Write everything that is not a chunk, what makes the checkpoint complete last, and wait for the disk."""
+        self._fill_gaps()
         if fingerprint(self.checkpoint, self.plan.dtype) != before:
             raise InputError(f"{self.checkpoint.directory}: changed while it was read; leave it alone and convert again")
         directory, hashes = self.store.directory, self.workspace.journaled()
@@ -189,7 +204,23 @@ class Run:
         self.store.write_metadata(self.plan.targets)
         write_file(directory / MANIFEST, make_manifest(self.checkpoint, self.plan, hashes, directory))
         self.store.sync_tree()
-        return True
+
+    def _fill_gaps(self) -> None:
+        """Write what is missing of any share, although it was called done: a power loss, or a hand, may have taken it."""
+        hashes = self.workspace.journaled()
+        gaps = [chunk for chunk in self.plan.chunks if chunk.path not in hashes or not self.store.is_whole(chunk)]
+        self._write(gaps, Counter("converting", gaps, self._progress))
+
+    def _write(self, chunks: list[Chunk], show: Counter) -> None:
+        with contextlib.closing(self.workspace.journal()) as journal:
+            for chunk, nbytes in in_threads(lambda: self._writer(journal), chunks, self.needs.workers, self.stop):
+                # Here, while the threads go on: the disk has been at work on these pages since they were written.
+                sync(self.store.directory / chunk.path)
+                self.bytes_read += nbytes
+                self.bytes_written += chunk.nbytes
+                show.add(chunk)
+            journal.sync()
+        stop_here(self.stop)
 
     def _writer(self, journal: Journal) -> Callable[[Chunk], tuple[Chunk, int]]:
         reader = Reader(self.checkpoint)
@@ -241,29 +272,13 @@ class Run:
 
         show, differences = Counter("verifying", self.plan.chunks, self._progress), []
         for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
-            differences += [line] if line else []
+            if line:
+                differences.append(line)
+                (self.store.directory / chunk.path).unlink(missing_ok=True)  # so that whoever finishes next writes it
             show.add(chunk)
         stop_here(self.stop)
         if differences:
             raise Different(sorted(differences))
-
-
-class Counter:
-    """Counts chunks as they are done, and reports."""
-
-    def __init__(self, phase: str, chunks: list[Chunk], progress: Callable[[Progress], None]):
-        self._phase, self._progress = phase, progress
-        self._total = sum(chunk.nbytes for chunk in chunks)
-        self._left: dict[str, int] = {}
-        for chunk in chunks:
-            self._left[chunk.target.name] = self._left.get(chunk.target.name, 0) + 1
-        self._done = self._tensors_done = 0
-
-    def add(self, chunk: Chunk) -> None:
-        self._done += chunk.nbytes
-        self._left[chunk.target.name] -= 1
-        self._tensors_done += self._left[chunk.target.name] == 0
-        self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
 
 
 def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from converter.journal import Hashes
-from converter.plan import Plan
+from converter.plan import Plan, Target
 from converter.source import companions
-from converter.store import MANIFEST
+from converter.store import MANIFEST, METADATA
+from oss_model.layouts import BFLOAT16
 from oss_model.shards import Checkpoint
 
 FORMAT = 1  # of conversion.json
@@ -82,6 +84,22 @@ def read_manifest(directory: Path) -> dict | None:
         return data if data["self"] == _self_hash(data) and text == _text(data) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_finished(directory: Path) -> dict | None:
+    """The manifest of a checkpoint that this package has finished; None where there is no such checkpoint."""
+    return read_manifest(directory) if all((directory / name).is_file() for name in METADATA) else None
+
+
+def known_files(manifest: dict) -> set[str]:
+    """Every file of the checkpoint, conversion.json included: relative paths."""
+    chunks = (chunk.path for name, entry in manifest["tensors"].items() for chunk in _stored(name, entry).chunks())
+    return {MANIFEST, *manifest["files"], *chunks}
+
+
+def _stored(name: str, entry: dict) -> Target:
+    dtype = BFLOAT16 if entry["dtype"] == "bfloat16" else np.dtype(entry["dtype"])
+    return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], ())
 
 
 def tree_hash(digests) -> str:

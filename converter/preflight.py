@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converter.chunks import PIECE_BYTES, Reader
 from converter.plan import Chunk, Plan, Target
+from converter.store import Store
 from converter.threads import WORKERS
 from oss_model.errors import InputError
 from oss_model.memory import rss
@@ -60,7 +61,8 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
             raise InputError(f"--max-memory: expected at least {least}M for this checkpoint, found {max_memory >> 20}M")
         workers = min(WORKERS, (max_memory - base) // each)
     files = len(plan.chunks) * 4 + len(plan.targets) * 3  # directories and zarr.json
-    present = sum(chunk.nbytes for chunk in plan.chunks if _size(directory / chunk.path) == chunk.nbytes)
+    store = Store(directory)
+    present = sum(chunk.nbytes for chunk in plan.chunks if store.is_whole(chunk))
     needed = plan.nbytes - present + files * FILE_BYTES
     free = _free(directory)
     if needed > free:
@@ -84,13 +86,6 @@ def _rate(checkpoint: Checkpoint, chunk: Chunk) -> float:
     for _ in reader.pieces(chunk):
         pass
     return chunk.nbytes / (time.perf_counter() - start)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _free(directory: Path) -> int:

@@ -83,6 +83,16 @@ class Store:
             for name in METADATA:
                 write_file(self.directory / name, (Path(scratch) / "skeleton" / name).read_bytes())
 
+    def is_whole(self, chunk: Chunk) -> bool:
+        """Whether the chunk's file is there, in its full length."""
+        return file_size(self.directory / chunk.path) == chunk.nbytes
+
+    def sync_directories(self, chunks: Iterable[Chunk]) -> None:
+        """Wait until the disk knows the files of `chunks` by name. What is in them is synced one by one."""
+        directories = {directory for chunk in chunks for directory in Path(chunk.path).parents}
+        for directory in sorted(directories, key=lambda directory: -len(directory.parts)):
+            sync(self.directory / directory)
+
     def sync_tree(self) -> None:
         """Wait until all directories, and all files but the chunks, are on the disk. Chunks are synced one by one."""
         for directory, _, files in os.walk(self.directory, topdown=False):
@@ -131,6 +141,14 @@ def write_file(path: Path, data: bytes, durable: bool = False) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+def file_size(path: Path) -> int:
+    """-1 where there is no such file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def advise(fd: int, advice: str) -> None:

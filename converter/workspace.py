@@ -1,17 +1,21 @@
 """`DST.partial`: an unfinished conversion, and who may work on it.
 
+lock              says in writing that the directory is ours; held by the processes at work, and by none that died
+lock.I-of-N       held by process I; lock.finish: by the one that finishes
 state.json        what is being converted, to what: see `converter.manifest.fingerprint`
-lock*             held by the processes at work; a process that dies lets go of its own
-journal.I-of-N    chunks that are on the disk
+journal.I-of-N    chunks that are written, with their hashes
 done.I-of-N       process I has written its share
 checkpoint/       becomes DST
 replaced/         what was at DST, with --overwrite, for the moment between two renames
+
+Nothing is ever removed but these, and only where the lock's text, or a state.json of ours, proves that we wrote them.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +24,10 @@ from converter.journal import Hashes, Journal, read_journals
 from converter.store import sync, write_file
 from oss_model.errors import InputError
 
-OURS = ("state.json", "lock", "journal.", "done.", "checkpoint", "replaced")
+MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
+LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")
+FILE = re.compile(r"(state\.json|done\.\d+-of-\d+)(\.new)?|journal\.\d+-of-\d+")
+DIRECTORIES = ("checkpoint", "replaced")
 
 
 class Workspace:
@@ -29,7 +36,8 @@ class Workspace:
         self.checkpoint = directory / "checkpoint"
         self.process = process
         self._name = "{}-of-{}".format(*process)
-        self._locks: list[int] = []
+        self._alone = False
+        self._locks: list[int] = []  # the first is that of `lock`
 
     def check(self) -> None:
         """
@@ -38,44 +46,59 @@ class Workspace:
         """
         if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
             raise InputError(f"{self.directory}: expected room for the unfinished conversion, found a file; move it away")
-        if self.directory.is_dir():
-            foreign = sorted(path.name for path in self.directory.iterdir() if not path.name.startswith(OURS))
-            if foreign:
-                raise InputError(
-                    f"{self.directory}: expected an unfinished conversion, found other files ({foreign[0]}); move them away"
-                )
+        names = self._names()
+        if self.is_ours() or (names == ["lock"] and self._is_cut_short()):
+            names = [name for name in names if not (LOCK.fullmatch(name) or FILE.fullmatch(name) or name in DIRECTORIES)]
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"{self.directory}: expected an unfinished conversion, found other files ({some}); move them away")
 
-    def enter(self, fingerprint: dict, restart: bool) -> None:
-        """Lock the workspace, and begin or take up the conversion that `fingerprint` describes.
+    def is_ours(self) -> bool:
+        """Whether there is a directory that says it is ours, or one of version 0.1.0, whose lock said nothing."""
+        return self._read("lock").startswith(MARK) or self._state() is not None
+
+    def lock(self) -> None:
+        """Make the directory where there is none, and be the one at work there: alone, or one of several processes.
+
+        Raises:
+          InputError: if there is something else, or another process is at work there.
+        """
+        index, count = self.process
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.check()
+        self._alone = self._lock_alone_or_shared()
+        if not self._read("lock").startswith(MARK):
+            os.pwrite(self._locks[0], MARK, 0)
+            os.fsync(self._locks[0])
+            sync(self.directory)
+        if count > 1 and not self._lock(f"lock.{self._name}", fcntl.LOCK_EX):
+            raise self._busy(f"process {index}/{count} is already at work there")
+
+    def begin(self, fingerprint: dict, restart: bool) -> None:
+        """Begin the conversion that `fingerprint` describes, or take it up.
 
         Args:
           restart: throw away an unfinished conversion of something else instead of refusing.
 
         Raises:
-          InputError: if another process is at work on it, or what was begun is not what is wanted now.
+          InputError: if what was begun is not what is wanted now.
         """
-        index, count = self.process
-        self.directory.mkdir(parents=True, exist_ok=True)
-        alone = self._lock("lock", fcntl.LOCK_EX)
-        if not alone and (count == 1 or not self._lock_shared()):
-            raise self._busy("another convert-oss is writing there")
-        if count > 1 and not self._lock(f"lock.{self._name}", fcntl.LOCK_EX):
-            raise self._busy(f"process {index}/{count} is already at work there")
+        count = self.process[1]
         state = self._state()
         wanted = {"fingerprint": fingerprint, "processes": count}
-        if state is not None and state.get("fingerprint") != fingerprint:
-            if not (alone and restart):
-                raise self._changed(state.get("fingerprint") or {}, fingerprint)
-            self._clear()
+        if state is not None and state["fingerprint"] != fingerprint:
+            if not (self._alone and restart):
+                raise self._changed(state["fingerprint"], fingerprint)
+            self.clear()
             state = None
-        if not alone and (state is None or state["processes"] != count):
+        if not self._alone and (state is None or state["processes"] != count):
             raise self._busy(f"a conversion by {state['processes'] if state else 'an unknown number of'} processes runs there")
         if state is None:
-            self._clear()  # of what was left by a kill before there was a state, or after the last rename
+            self.clear()  # of what was left by a kill before there was a state, or after the last rename
         if state != wanted:
             write_file(self.directory / "state.json", json.dumps(wanted).encode(), durable=True)
         self.checkpoint.mkdir(exist_ok=True)
-        if alone and count > 1:
+        if self._alone and count > 1:
             fcntl.flock(self._locks[0], fcntl.LOCK_SH)  # lets the others in
 
     def journal(self) -> Journal:
@@ -83,7 +106,7 @@ class Workspace:
 
     def journaled(self) -> dict[str, Hashes]:
         """What all processes have noted, in this run and in earlier ones."""
-        return read_journals(sorted(self.directory.glob("journal.*")))
+        return read_journals(sorted(self.directory.glob("journal.*-of-*")))
 
     def share_done(self) -> bool:
         """Note that this process's share is written. Returns whether it is the one to finish.
@@ -91,64 +114,108 @@ class Workspace:
         Of those that find all shares written, the first to take the lock finishes; the others wait for it.
         """
         write_file(self.directory / f"done.{self._name}", b"", durable=True)
-        count = self.process[1]
-        if not all((self.directory / f"done.{index}-of-{count}").exists() for index in range(1, count + 1)):
+        if not self._all_done():
             return False
-        with contextlib.suppress(FileNotFoundError):  # another one has finished, and tidied up
-            self._lock("lock.finish", fcntl.LOCK_EX, wait=True)
+        self._locks.append(self._wait_to_finish())
+        return self.checkpoint.is_dir() and self._all_done()
+
+    def reopen_share(self) -> bool:
+        """Take back `share_done`, before chunks are written again. Returns whether they are still wanted.
+
+        Not while another process finishes, which takes it that nobody writes; and once it has, there is nothing to write.
+        """
+        fd = self._wait_to_finish()
+        (self.directory / f"done.{self._name}").unlink(missing_ok=True)
+        os.close(fd)
         return self.checkpoint.is_dir()
 
-    def reopen_share(self) -> None:
-        """Take back `share_done`, before chunks are written again."""
-        (self.directory / f"done.{self._name}").unlink(missing_ok=True)
+    def _all_done(self) -> bool:
+        count = self.process[1]
+        return all((self.directory / f"done.{index}-of-{count}").exists() for index in range(1, count + 1))
+
+    def clear(self) -> None:
+        """Remove all of ours but the locks; the state last, so that what is left can be told."""
+        for name in sorted(self._names(), key=lambda name: name == "state.json"):
+            if name in DIRECTORIES:
+                shutil.rmtree(self.directory / name)
+            elif FILE.fullmatch(name):
+                (self.directory / name).unlink()
+        sync(self.directory)
 
     def leave(self) -> None:
-        while self._locks:
-            os.close(self._locks.pop())
-
-    def discard(self) -> None:
-        """Remove everything, once DST is in its place."""
-        self._clear()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _lock(self, name: str, kind: int, wait: bool = False) -> bool:
-        path = self.directory / name
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        """Let go of the locks. Who leaves last where nothing is left but locks removes the directory too."""
         try:
-            fcntl.flock(fd, kind | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(OSError):
+                if self._locks and all(LOCK.fullmatch(name) for name in self._names()):
+                    fcntl.flock(self._locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for name in sorted(self._names(), reverse=True):  # `lock` last: its text says whose the others are
+                        (self.directory / name).unlink()
+                    self.directory.rmdir()
+        finally:
+            while self._locks:
+                os.close(self._locks.pop())
+
+    def _lock_alone_or_shared(self) -> bool:
+        """Take `lock`, alone if nobody has it. Returns whether it is held alone.
+
+        Another of several processes, when it begins, holds it alone for a moment; a converter that works alone, on.
+        """
+        shared = self.process[1] > 1
+        for _ in range(100 if shared else 1):
+            if self._lock("lock", fcntl.LOCK_EX):
+                return True
+            if shared and self._lock("lock", fcntl.LOCK_SH):
+                return False
+            if shared:
+                time.sleep(0.1)
+        raise self._busy("another convert-oss is writing there")
+
+    def _wait_to_finish(self) -> int:
+        fd = os.open(self.directory / "lock.finish", os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    def _lock(self, name: str, kind: int) -> bool:
+        path = self.directory / name
+        try:
+            self.directory.mkdir(exist_ok=True)  # whoever held it may have removed the directory
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            return False  # is removing it
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
             if os.fstat(fd).st_ino == path.stat().st_ino:
                 self._locks.append(fd)
                 return True
         except (BlockingIOError, FileNotFoundError):
-            pass  # held; or whoever held it has finished, and removed the directory
+            pass  # held; or removed by whoever held it
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
         return False
 
-    def _lock_shared(self) -> bool:
-        """Another of our processes, when it begins, holds the lock alone for a moment; a converter that works alone, on."""
-        for _ in range(100):
-            if self._lock("lock", fcntl.LOCK_SH):
-                return True
-            time.sleep(0.1)
-        return False
+    def _names(self) -> list[str]:
+        return sorted(os.listdir(self.directory)) if self.directory.is_dir() else []
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.directory / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return b""
+
+    def _is_cut_short(self) -> bool:
+        """Whether a kill, or a power loss, left of the lock's text only its beginning, or zeros."""
+        return MARK.startswith(self._read("lock").rstrip(b"\0"))
 
     def _state(self) -> dict | None:
+        """What state.json says; None if it is missing, was cut short before anything else was written, or is not ours."""
         try:
-            return json.loads((self.directory / "state.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None  # not begun, or cut short by a power loss before anything else was written
-
-    def _clear(self) -> None:
-        """Remove all but the locks; the state last, so that what is left can be told."""
-        for path in sorted(self.directory.iterdir(), key=lambda path: path.name == "state.json"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif not path.name.startswith("lock"):
-                path.unlink()
-        sync(self.directory)
+            state = json.loads(self._read("state.json"))
+            ours = state["fingerprint"].keys() == {"source", "layout", "dtype", "version"} and state["processes"] >= 1
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return state if ours else None
 
     def _busy(self, what: str) -> InputError:
         self.leave()

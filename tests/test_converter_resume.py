@@ -1,23 +1,28 @@
 """Cut off anywhere, a conversion is taken up, ends byte-identical, and never looks complete before it is."""
 
+import dataclasses
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from converter import conversion, convert
-from converter.errors import Incomplete
+from converter import conversion, convert, store
+from converter.errors import Different, Incomplete
 from converter.store import Store
-from converter.workspace import Workspace
+from converter.workspace import MARK, Workspace
+from oss_model.config import ModelConfig
 from oss_model.errors import InputError
+from oss_model.synthetic import write_checkpoint
 
 TIME_STAMPED = {"_CHECKPOINT_METADATA", "conversion.json"}
 
@@ -25,6 +30,29 @@ TIME_STAMPED = {"_CHECKPOINT_METADATA", "conversion.json"}
 @pytest.fixture(scope="module")
 def hf(sources) -> Path:
     return sources["hf"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A source of one layer, where the number of chunks does not matter."""
+    cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=1, layer_types=())
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "source", cfg)
+
+
+@pytest.fixture(scope="module")
+def small_out(small, tmp_path_factory) -> Path:
+    """Converted, as float32. Read only."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, "float32", verify=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def small_whole(small, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion of it to bfloat16 writes."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, verify=False)
+    return contents(out)
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +212,76 @@ def test_a_second_converter_refuses(hf, tmp_path):
     assert busy == [f"{tmp_path}/out.partial: another convert-oss is writing there; wait until it has ended, or end it"]
 
 
-def test_what_is_not_an_unfinished_conversion_is_left_alone(hf, tmp_path):
+def tree(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "checkpoint/weights.bin", "journal.1-of-1", "state.json", "lock"])
+def test_what_is_not_an_unfinished_conversion_is_left_alone(small, tmp_path, name):
+    """Whatever it is called: nothing there says that it is ours."""
+    path = tmp_path / "out.partial" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work")
+    with pytest.raises(InputError) as caught:
+        convert(small, tmp_path / "out", overwrite=True)
+    assert str(caught.value) == (
+        f"{tmp_path}/out.partial: expected an unfinished conversion, found other files ({name.split('/')[0]}); move them away"
+    )
+    assert tree(tmp_path) == {f"out.partial/{name}": b"years of work"}
+
+
+def test_what_is_put_beside_an_unfinished_conversion_is_left_alone(small, tmp_path, fail_after, monkeypatch):
+    """Names that only begin like ours; with the options that throw most away."""
+    partial = cut_off(small, tmp_path / "out", fail_after, monkeypatch, 10).parent
+    (partial / "checkpoint-500").mkdir()
+    for name in ("checkpoint-500/model.bin", "journal.md", "locked.txt", "done.1-of-1.bak", "replaced.old"):
+        (partial / name).write_text("years of work")
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as caught:
+        convert(small, tmp_path / "out", "float32", overwrite=True)
+    some = "checkpoint-500, done.1-of-1.bak, journal.md and 2 more"
+    assert str(caught.value) == f"{partial}: expected an unfinished conversion, found other files ({some}); move them away"
+    assert tree(tmp_path) == before
+
+
+def test_an_unfinished_conversion_of_version_0_1_0_is_taken_up(small, tmp_path, fail_after, monkeypatch):
+    """Its lock says nothing; its state.json does."""
+    partial = cut_off(small, tmp_path / "out", fail_after, monkeypatch, 10).parent
+    (partial / "lock").write_bytes(b"")
+    assert convert(small, tmp_path / "out").status == "resumed"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("lock", [None, b"", MARK[:20], bytes(len(MARK))])
+def test_cut_off_before_the_workspace_says_whose_it_is(small, tmp_path, lock):
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"expected an unfinished conversion, found other files \(thesis.tex\); move"):
-        convert(hf, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+    if lock is not None:
+        (tmp_path / "out.partial" / "lock").write_bytes(lock)
+    assert convert(small, tmp_path / "out", verify=False).status == "complete"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_what_the_manifest_names_and_nothing_else(small, small_out, tmp_path):
+    out = Path(shutil.copytree(small_out, tmp_path / "out"))
+    (out / "run-1").mkdir()
+    (out / "run-1" / "step_100").write_text("weeks of training")
+    (out / "notes.md").symlink_to("/dev/null")
+    before = tree(tmp_path)
+    with pytest.raises(InputError) as caught:
+        convert(small, out, overwrite=True)
+    assert caught.value.faults == [
+        f"{out}/{name}: not in conversion.json, so --overwrite does not remove it; move it away"
+        for name in ("notes.md", "run-1/step_100")
+    ]
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_manifest_proves_nothing(small, small_out, tmp_path):
+    out = Path(shutil.copytree(small_out, tmp_path / "out"))
+    text = (out / "conversion.json").read_text()
+    (out / "conversion.json").write_text(text.replace("float32", "float64", 1))
+    with pytest.raises(InputError, match=r"its conversion.json is damaged, so it is never overwritten: give another name"):
+        convert(small, out, overwrite=True)
 
 
 @pytest.mark.parametrize("moment", ["before the last rename", "before tidying", "while tidying"])
@@ -203,7 +295,8 @@ def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda self, to: dies() if self.name == "checkpoint" else rename(self, to))
     elif moment == "before tidying":
-        monkeypatch.setattr(Workspace, "discard", dies)
+        clear = Workspace.clear
+        monkeypatch.setattr(Workspace, "clear", lambda self: clear(self) if self._state() is None else dies())
     else:
         monkeypatch.setattr("converter.workspace.shutil", SimpleNamespace(rmtree=dies))
     with pytest.raises(KeyboardInterrupt):
@@ -292,9 +385,97 @@ def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path
         process.stderr.close()
 
 
+def of_the_first_share(out: Path) -> Path:
+    """A chunk that process 1/2 has written."""
+    name, partial = "layers.0.mlp.gate_up.weight.value/c/4/0/0/0", out.with_name("out.partial")
+    assert name in (partial / "journal.1-of-2").read_text()
+    return partial / "checkpoint" / name
+
+
+def lose(path: Path, how: str) -> None:
+    """What a power loss may do to a share that was called done."""
+    if how == "its file":
+        path.unlink()
+    elif how == "its directory":
+        shutil.rmtree(path.parents[2])
+    elif how == "its end":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        journal = next(parent for parent in path.parents if parent.name == "checkpoint").with_name("journal.1-of-2")
+        journal.write_bytes(b"".join(line for line in journal.read_bytes().splitlines(True) if b'c/4/0/0/0"' not in line))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("how", ["its file", "its directory", "its end", "its line in the journal"])
+def test_who_finishes_writes_what_other_shares_have_lost(small, small_whole, tmp_path, how, verify):
+    out = tmp_path / "out"
+    assert convert(small, out, process=(1, 2), verify=verify).status == "share-written"
+    lose(of_the_first_share(out), how)
+    assert convert(small, out, process=(2, 2), verify=verify).status == "complete"
+    assert contents(out) == small_whole
+
+
+def test_who_finishes_mends_another_share_that_verification_has_found_wrong(small, small_whole, tmp_path):
+    """The line says to convert again, which must be true of every share, whichever has the damage."""
+    out = tmp_path / "out"
+    convert(small, out, process=(1, 2))
+    wrong = of_the_first_share(out)
+    wrong.write_bytes(bytes(wrong.stat().st_size))
+    with pytest.raises(Different, match=r"gate_up.weight: .*/c/4/0/0/0: differs from the source, .*; convert again"):
+        convert(small, out, process=(2, 2))
+    assert not out.exists()
+    assert convert(small, out, process=(2, 2)).verified
+    assert contents(out) == small_whole
+
+
+def test_a_share_is_not_written_again_while_another_process_finishes(tmp_path):
+    mine, other = (Workspace(tmp_path / "out.partial", (index, 2)) for index in (1, 2))
+    for workspace in (mine, other):
+        workspace.lock()
+        workspace.begin({"source": {}, "layout": "hf", "dtype": "bfloat16", "version": []}, restart=False)
+    assert not mine.share_done()
+    assert other.share_done()
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(mine.reopen_share)
+        with pytest.raises(TimeoutError):
+            again.result(0.1)
+        assert (tmp_path / "out.partial" / "done.1-of-2").exists()
+        other.leave()
+        assert again.result(10)
+    other.lock()
+    assert not other.share_done()  # it was taken back
+    assert mine.share_done()
+    shutil.rmtree(mine.checkpoint)  # finished
+    mine.leave()
+    assert not other.reopen_share()
+    other.leave()
+
+
+def test_a_share_is_on_the_disk_by_name_before_it_is_called_done(small, tmp_path, monkeypatch):
+    fsync, synced, checked = os.fsync, {}, []
+
+    def recording(fd):
+        fsync(fd)
+        synced[os.fstat(fd).st_ino] = os.fstat(fd).st_mtime_ns
+
+    def done(path, data, durable=False):
+        if path.name.startswith("done."):
+            checkpoint = path.parent / "checkpoint"
+            for found in [checkpoint, *checkpoint.rglob("*")]:
+                assert synced.get(found.stat().st_ino) == found.stat().st_mtime_ns, found
+                checked.append(found)
+        store.write_file(path, data, durable)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr("converter.workspace.write_file", done)
+    convert(small, tmp_path / "out", process=(2, 2))
+    assert len(checked) > 50
+
+
 def test_the_same_share_twice_at_once_is_refused(hf, tmp_path):
     mine = Workspace(tmp_path / "out.partial", (1, 2))
-    mine.enter(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
+    mine.lock()
+    mine.begin(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
     with pytest.raises(InputError, match=r"process 1/2 is already at work there; wait until it has ended, or end it"):
         convert(hf, tmp_path / "out", process=(1, 2))
     with pytest.raises(InputError, match="a conversion by 2 processes runs there"):
