@@ -107,7 +107,7 @@ HF_MXFP4 = Layout(
     _HF_COMMON + tuple(_packed_experts(f"{_HF}.mlp.experts.gate_up_proj_", f"{_HF}.mlp.experts.down_proj_")),
 )
 HF_BF16 = Layout("hf-bf16", "Hugging Face, bfloat16", _HF_COMMON + _HF_BF16_EXPERTS)
-# What transformers 5.23's default save_pretrained writes after a dequantized load: the bfloat16 layout, whose
+# What the save_pretrained of transformers 5.5.2 to 5.23 writes after a dequantized load: the bfloat16 layout, whose
 # experts are wrongly named `*_blocks`. Only their dtype and rank tell; there are no `*_scales`.
 HF_BF16_MISNAMED = Layout(
     "hf-bf16-misnamed",

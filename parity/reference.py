@@ -87,7 +87,7 @@ class Reference:
         if not self.original:
             prefix = f"model.layers.{n}."
             tensors = {name.removeprefix(prefix): self._get(name) for name in self._files if name.startswith(prefix)}
-            # transformers 5.23 can write bfloat16 experts under the names of packed ones.
+            # transformers 5.5.2 to 5.23 can write bfloat16 experts under the names of packed ones.
             return {
                 name.removesuffix("_blocks") if t.dim() == 3 and t.is_floating_point() else name: t
                 for name, t in tensors.items()

@@ -61,7 +61,8 @@ class TorchLayer:
         positions = torch.arange(x.shape[1])[None]
         sliding = list(self.config.layer_types or [])[self.n] == "sliding_attention"
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
-        mask = make_mask(config=self.config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=positions)
+        # By place, without an attention mask and a cache: the latter's keyword is another one from transformers 5.24 on.
+        mask = make_mask(self.config, x, None, None, positions)
         try:
             with mock.patch.object(gpt_oss, "eager_attention_forward", _watch_attention(seen, forced)):
                 out = module(x, attention_mask=mask, position_ids=positions, position_embeddings=self.rotary(x, positions))

@@ -1,15 +1,19 @@
 """The table: round trips through every row, masks written by hand, and what `check` says about a wrong checkpoint."""
 
 import dataclasses
+import shutil
+from importlib.metadata import version
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from oss_model import ModelConfig, layouts
-from oss_model.layouts import HF_BF16, HF_BF16_MISNAMED, HF_MXFP4, LAYOUTS, OPENAI
+from oss_model.layouts import HF_BF16, HF_BF16_MISNAMED, HF_MXFP4, LAYOUTS, OPENAI, Layout
 
 # Sizes: 3 layers, vocab 509, hidden 96, intermediate 160, 14 heads, 7 kv heads, head_dim 24, 9 experts.
 CFG = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=3, layer_types=())
@@ -436,24 +440,42 @@ def test_text_about_what_is_no_gpt_oss():
     assert layouts.not_a_checkpoint("here", []).faults == [fault.format("none")]
 
 
+def assert_same_parameters(written: Path, right: Path, layout: Layout):
+    from oss_model.shards import Checkpoint
+
+    written, right = Checkpoint(written), Checkpoint(right)
+    with written.shards, right.shards:
+        assert (written.layout, right.layout) == (layout, HF_BF16)
+        assert written.cfg == right.cfg
+        for entry in written.entries():
+            same = one(HF_BF16, entry.model, right.cfg)
+            assert_same_bytes(entry.to_model(written.read(entry)), same.to_model(right.read(same)))
+
+
 def test_what_transformers_writes_after_a_dequantized_load(sources, tmp_path):
-    """Its default save_pretrained writes bfloat16 experts under the names of packed ones, and the values are right."""
+    """transformers 5.24 writes it under the right names again; 5.5.2 to 5.23 under those of packed experts."""
     import torch
     from transformers import GptOssForCausalLM, Mxfp4Config
-
-    from oss_model.shards import Checkpoint
 
     model = GptOssForCausalLM.from_pretrained(
         sources["hf"], quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(tmp_path)
-    written, right = Checkpoint(tmp_path), Checkpoint(sources["hf-bf16"])
-    with written.shards, right.shards:
-        assert (written.layout, right.layout) == (HF_BF16_MISNAMED, HF_BF16)
-        assert written.cfg == right.cfg
-        for entry in written.entries():
-            same = one(HF_BF16, entry.model, right.cfg)
-            assert_same_bytes(entry.to_model(written.read(entry)), same.to_model(right.read(same)))
+    right = Version(version("transformers")) >= Version("5.24")
+    assert_same_parameters(tmp_path, sources["hf-bf16"], HF_BF16 if right else HF_BF16_MISNAMED)
+
+
+def test_bfloat16_experts_under_the_names_of_packed_ones(sources, cfg, tmp_path):
+    """As transformers 5.5.2 to 5.23 wrote them, and published fine-tunes have them: the values are right."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(sources["hf-bf16"] / "model.safetensors")
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    wrong = {f"{name}_blocks" if name.endswith(experts) else name: value for name, value in tensors.items()}
+    assert len(wrong.keys() - tensors.keys()) == 2 * cfg.num_hidden_layers
+    save_file(wrong, tmp_path / "model.safetensors")
+    shutil.copy(sources["hf-bf16"] / "config.json", tmp_path)
+    assert_same_parameters(tmp_path, sources["hf-bf16"], HF_BF16_MISNAMED)
 
 
 # --- checking ---------------------------------------------------------------------------------------------------
