@@ -1,13 +1,16 @@
-# Sourced by the scripts beside it: makes .venv in the repository, once, and again when pyproject.toml changes.
+# Sourced by the scripts beside it: makes .venv in the repository, once, and again when what it is made of changes.
 # torch comes first, pinned: left to the dependencies of others, pip takes the newest build with gigabytes of CUDA.
+# Everything else is constrained to the newest versions that were run (scripts/matrix renews them), so that a new release
+# of somebody else's breaks nothing on the day it appears. CONSTRAINTS= (empty) takes the newest there are.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-stamp=.venv/installed
-if ! cmp -s pyproject.toml "$stamp"; then
+constraints="${CONSTRAINTS-scripts/constraints.txt}"
+wanted="$(cat pyproject.toml $constraints; echo "${PYTHON:-python3} ${TORCH:=torch==2.13.0}")"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "setting up .venv (once)" >&2
-    "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/pip install --quiet "${TORCH:-torch==2.13.0}"
-    .venv/bin/pip install --quiet --editable '.[parity,test]'
-    cp pyproject.toml "$stamp"
+    "${PYTHON:-python3}" -m venv --clear .venv
+    .venv/bin/pip install --quiet "$TORCH"
+    .venv/bin/pip install --quiet ${constraints:+--constraint "$constraints"} --editable '.[parity,test]'
+    echo "$wanted" > .venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"
