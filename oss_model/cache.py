@@ -6,6 +6,7 @@ nothing else has to know.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,9 +23,14 @@ class LayerCache(NamedTuple):
     positions: Int[Array, "b s"]
 
     def store(self, keys: Array, values: Array, positions: Int[Array, "b l"]) -> "LayerCache":
-        """With new keys in place of the oldest. Padding (a negative position) is not stored."""
+        """With new keys in place of the oldest: of each row the last s that are real, wherever its padding is.
+
+        Padding (a negative position) is not stored. New positions come after those that are there.
+        """
         size = self.positions.shape[1]
-        keys, values, positions = keys[:, -size:], values[:, -size:], positions[:, -size:]
+        if positions.shape[1] > size:
+            positions, columns = jax.lax.top_k(positions, size)
+            keys, values = (jnp.take_along_axis(a, columns[..., None, None], axis=1) for a in (keys, values))
         slots = jnp.where(positions >= 0, positions % size, size)  # `size` is outside, and dropped
         rows = jnp.arange(slots.shape[0])[:, None]
         return LayerCache(

@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: int32 [batch, length].
           positions: int32 [batch, length]; if not given 0, 1, 2, …, or on from where the cache ends. A negative
-            position marks padding.
+            position marks padding, on either side or in between.
           cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time.
         """
         x, after = self.stream(tokens, positions, cache)

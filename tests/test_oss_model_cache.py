@@ -1,5 +1,8 @@
 """Decoding on the cache gives what the whole prompt gives, at every position, across the sliding window."""
 
+import dataclasses
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,14 +10,21 @@ from flax import nnx
 
 from oss_model import create_model_from_checkpoint, init_cache
 from oss_model.cache import LayerCache, next_positions
+from oss_model.synthetic import write_checkpoint
 
 # Same sums in other shapes: noise of float32, relative to the largest logit.
 SAME = 5e-6
 
 
 @pytest.fixture(scope="module")
-def model(sources, cfg):
-    return create_model_from_checkpoint(sources["hf"], cfg)
+def cfg(cfg):
+    """One sliding layer and one full one."""
+    return dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, cfg):
+    return create_model_from_checkpoint(write_checkpoint(tmp_path_factory.mktemp("source"), cfg), cfg)
 
 
 @nnx.jit
@@ -40,43 +50,59 @@ def test_decoding_equals_the_whole_prompt_at_every_position(model, cfg, prompt, 
 
 
 def test_a_prompt_in_pieces(model, cfg, prompt, want):
-    cache, parts = init_cache(cfg, 2, 40), []
-    for start, stop in ((0, 3), (3, 20), (20, 33), (33, 40)):
+    """Of lengths that are compiled for the test above."""
+    cache, parts, ends = init_cache(cfg, 2, 40), [], np.cumsum([0, 12, 1, 10, 11])
+    for start, stop in itertools.pairwise(ends):
         logits, cache = step(model, prompt[:, start:stop], None, cache)
         parts.append(logits)
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), want, atol=SAME * np.abs(want).max(), rtol=0)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), want[:, : ends[-1]], atol=SAME * np.abs(want).max(), rtol=0)
 
 
-def test_rows_padded_on_the_left_decode_as_if_alone(model, cfg, prompt, want):
-    """Row 0 has 15 tokens, row 1 has 8 and 7 of padding; both go on for 12."""
-    lengths = np.array([15, 8])
-    tokens = np.zeros((2, 15), np.int32)
+PADDED = {
+    "left": lambda length, width: np.r_[[-1] * (width - length), :length],
+    "right": lambda length, width: np.r_[:length, [-1] * (width - length)],
+    "middle": lambda length, width: np.r_[: length // 2, [-1] * (width - length), length // 2 : length],
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("side", PADDED)
+def test_padded_rows_decode_as_if_alone(model, cfg, prompt, want, side, pieces):
+    """Rows of 25, 6 and 12 tokens, padded to 40 with more than a window of 11; each goes on for 8."""
+    lengths, of = np.array([25, 6, 12]), [0, 1, 0]
+    positions = np.stack([PADDED[side](length, 40) for length in lengths]).astype(np.int32)
+    tokens = np.where(positions < 0, 3, prompt[np.array(of)[:, None], positions])
+    cache, parts = init_cache(cfg, 3, 48), []
+    for part in np.split(np.arange(40), pieces):
+        logits, cache = step(model, tokens[:, part], positions[:, part], cache)
+        parts.append(logits)
+    logits, bound = np.concatenate(parts, axis=1), SAME * np.abs(want).max()
     for row, length in enumerate(lengths):
-        tokens[row, 15 - length :] = prompt[row, :length]
-    positions = np.maximum(np.arange(15)[None] - (15 - lengths)[:, None], -1).astype(np.int32)
-    logits, cache = step(model, tokens, positions, init_cache(cfg, 2, 40))
-    bound = SAME * np.abs(want).max()
-    for more in range(12):
+        np.testing.assert_allclose(logits[row, positions[row] >= 0], want[of[row], :length], atol=bound, rtol=0)
+    for more in range(8):
+        logits, cache = step(model, prompt[of, lengths + more][:, None], None, cache)
         for row, length in enumerate(lengths):
-            np.testing.assert_allclose(logits[row, -1], want[row, length + more - 1], atol=bound, rtol=0)
-        following = np.stack([prompt[row, length + more] for row, length in enumerate(lengths)])[:, None]
-        logits, cache = step(model, following, None, cache)
+            np.testing.assert_allclose(logits[row, -1], want[of[row], length + more], atol=bound, rtol=0)
 
 
 def test_sliding_layers_keep_only_their_window(cfg):
     cache = init_cache(cfg, 3, 100, jnp.bfloat16)
-    assert [layer.positions.shape[1] for layer in cache] == [11, 100, 11, 100, 11]
+    assert [layer.positions.shape[1] for layer in cache] == [11, 100]
     assert cache[0].keys.shape == (3, 11, 7, 24)
     assert cache[0].keys.dtype == jnp.bfloat16
     assert init_cache(cfg, 1, 5)[0].positions.shape == (1, 5)
 
 
 def test_a_ring_keeps_the_newest_by_hand():
-    ring = LayerCache(jnp.zeros((1, 3, 1, 1)), jnp.zeros((1, 3, 1, 1)), jnp.full((1, 3), -1, jnp.int32))
-    new = jnp.arange(5.0).reshape(1, 5, 1, 1)
-    ring = ring.store(new, new, jnp.arange(5, dtype=jnp.int32)[None])
-    np.testing.assert_array_equal(ring.positions, [[3, 4, 2]])
-    np.testing.assert_array_equal(ring.keys[0, :, 0, 0], [3, 4, 2])
-    padded = ring.store(new[:, :1], new[:, :1], jnp.full((1, 1), -1, jnp.int32))
+    """The last three real positions of each row, wherever its padding is."""
+    empty = LayerCache(jnp.zeros((3, 3, 1, 1)), jnp.zeros((3, 3, 1, 1)), jnp.full((3, 3), -1, jnp.int32))
+    given = [[0, 1, 2, 3, 4, -1, -1, -1], [-1, -1, 0, 1, -1, 2, 3, -1], [-1, -1, -1, -1, -1, -1, 0, 1]]
+    positions = jnp.array(given, jnp.int32)
+    new = positions.astype(jnp.float32)[..., None, None]
+    ring = empty.store(new, -new, positions)
+    np.testing.assert_array_equal(ring.positions, [[3, 4, 2], [3, 1, 2], [0, 1, -1]])
+    np.testing.assert_array_equal(ring.keys[..., 0, 0], [[3, 4, 2], [3, 1, 2], [0, 1, 0]])
+    np.testing.assert_array_equal(ring.values, -ring.keys)
+    padded = ring.store(new[:, :1], new[:, :1], jnp.full((3, 1), -1, jnp.int32))
     np.testing.assert_array_equal(padded.positions, ring.positions)
-    np.testing.assert_array_equal(next_positions((ring,), 2), [[5, 6]])
+    np.testing.assert_array_equal(next_positions((ring,), 2), [[5, 6], [4, 5], [2, 3]])
