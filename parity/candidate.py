@@ -18,10 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from oss_model import ModelConfig, Transformer, TransformerBlock, init_cache, moe
+from oss_model import ModelConfig, Transformer, TransformerBlock, create_model_from_checkpoint, init_cache, moe
 from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
 from oss_model.restoring import restoring
 from oss_model.taps import LAYER_TAPS, tapping
+from parity import gradients, memory
 from parity.sides import Arrays, Sizes
 
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
@@ -55,6 +56,9 @@ class Candidate:
         self.cfg, self.compiled = dataclasses.replace(cfg, expert_path=expert_path), compiled
         self.large = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def sizes(self) -> Sizes:
         c = self.cfg
@@ -85,6 +89,16 @@ class Candidate:
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = self._model(np.dtype(np.float32)).rope(jnp.asarray(positions, jnp.int32)[None])
         return np.asarray(cos[0]), np.asarray(sin[0])
+
+    def gradients(self, tokens: np.ndarray, routing: list[np.ndarray]) -> Arrays:
+        """Of the whole `Transformer`, as `create_model_from_checkpoint` makes it, under jit: see `SupportsGradients`."""
+        path = "auto" if self.cfg.expert_path == "loop" else self.cfg.expert_path  # jit knows no loop over experts
+        cfg = dataclasses.replace(self.cfg, dtype=np.dtype(np.float32), expert_path=path)
+        return gradients.of_model(create_model_from_checkpoint(self.path, cfg), tokens, routing)
+
+    def least_memory(self, batch: int, length: int) -> int:
+        """Resident bytes at the peak, all in, of comparing it on a prompt [batch, length]."""
+        return memory.least_memory(self, batch, length)
 
     def _restore(self, names: Iterable[str]) -> Parameters:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
@@ -132,9 +146,9 @@ class CandidateLayer:
     def __init__(self, candidate: Candidate, n: int, arrays: Parameters):
         self.candidate, self.n, self.arrays = candidate, n, arrays
 
-    @property
-    def stored(self) -> Arrays:
-        return {name: np.asarray(value) for name, value in self.arrays.items()}
+    def restore(self, names: Iterable[str]) -> Arrays:
+        """These parameters as stored, from memory."""
+        return {name: np.asarray(self.arrays[name]) for name in names}
 
     def block(self, dtype: Any) -> TransformerBlock:
         """The real model's block."""

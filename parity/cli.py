@@ -44,7 +44,7 @@ class _Command(click.Command):
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="bfloat16 adds the precision arm: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
+    help="bfloat16 adds the precision arm to --layers: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
 )
 @click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
 @click.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")

@@ -21,13 +21,25 @@ from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity.diagnosis import Diagnosis
 from parity.judge import Judge
-from parity.memory import check_memory
+from parity.memory import check_free_memory, check_memory
 from parity.prompts import Prompt, random_prompt
 from parity.recording import Recorder, Recording
 from parity.report import Report, Weight
-from parity.sides import Arrays, Expected, Layer, Oracle, OracleLayer, Port
+from parity.sides import (
+    Arrays,
+    Expected,
+    GradientOracle,
+    Layer,
+    Oracle,
+    OracleLayer,
+    Port,
+    SupportsDecode,
+    SupportsGradients,
+    SupportsRestore,
+)
 
 Progress = Callable[[int, int, str], None]
+_UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -59,11 +71,11 @@ def compare(
       gradients: also compare every parameter's gradient, of models that fit in memory whole.
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
-      max_memory: resident bytes, all in, that it may take at the most; for a checkpoint of ours.
+      max_memory: resident bytes, all in, that it may take at the most.
       progress: called with (layers done, layers in all, what is being done).
 
     Raises:
-      InputError: if either cannot be read, or if `max_memory` is too little.
+      InputError: if either cannot be read, if `max_memory` is too little, or not known to be enough.
     """
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
@@ -78,10 +90,6 @@ def compare(
         oracle: Oracle = Reference(source)
     else:
         oracle = source
-    if gradients and not isinstance(oracle, Recording):
-        from parity.gradients import check_free_memory
-
-        check_free_memory(port)  # type: ignore[arg-type]
     window = oracle.sizes.window
     if isinstance(oracle, Recording):
         _check_recording(oracle, port, dtype, gradients, layers)
@@ -90,25 +98,26 @@ def compare(
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
     if max_memory is not None:
         check_memory(port, prompt.tokens.shape, max_memory, gradients)
+    if gradients and isinstance(port, SupportsGradients):
+        check_free_memory(port)
+    watched, recorder = oracle, None
     if record is not None:
         described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
-        oracle = Recorder(oracle, record, prompt, described)
+        watched = recorder = Recorder(oracle, record, prompt, described)
     longest = int(prompt.valid.sum(axis=1).max())
-    names = str(getattr(source, "source", source)), str(getattr(checkpoint, "path", checkpoint))
-    report = Report(*names, _title(oracle), longest, seed, layers, dtype)
+    report = Report(str(source), str(checkpoint), _title(oracle), longest, seed, layers, dtype)
+    if dtype == "bfloat16" and not layers:
+        report.lacks("precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16")
     if longest < 2 * window:
         report.incomplete.append(
             f"{longest} tokens, but faults of the sliding window ({window}) only show from {2 * window} on:"
             f" use --tokens {2 * window}"
         )
-    _Run(port, oracle, report, prompt, dtype == "bfloat16", decode, progress).whole()
+    _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress).whole()
     if gradients and report.free_run is not None:
-        from parity.gradients import compare_gradients
-
-        reference = oracle.oracle if isinstance(oracle, Recorder) else oracle
-        report.gradients = compare_gradients(reference, port, prompt.tokens[:1, : int(prompt.valid[0].sum())])  # type: ignore
-    if isinstance(oracle, Recorder):
-        oracle.finish()
+        _gradients(oracle, port, report, prompt.tokens[:1, : int(prompt.valid[0].sum())])
+    if recorder is not None:
+        recorder.finish()
     report.seconds = time.monotonic() - start
     report.peak_rss_bytes = peak_rss()
     return report
@@ -148,8 +157,10 @@ class _Run:
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
-        fits = sizes == (count, self.oracle.sizes.vocab)
-        fits &= self.weights(self.oracle.first_parameters(), self.port.restore)
+        fits = self.weights(self.oracle.first_parameters(), self.port.restore)
+        if sizes != (count, self.oracle.sizes.vocab):
+            self.report.lacks(_UNFIT)
+            fits = False
         streams = self.first() if fits else None
         for n in range(count):
             self.progress(n, count, f"layer {n}")
@@ -161,10 +172,8 @@ class _Run:
             self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
         if streams is not None:
             self.last(streams)
-        else:
-            self.report.incomplete.append("the parameters do not fit the reference, so nothing was computed from there on")
         if not self.port.stored:
-            self.report.incomplete.append("the port shows no parameters, so none were compared")
+            self.report.lacks("the port shows no parameters, so none were compared")
 
     @property
     def packed(self) -> bool:
@@ -190,6 +199,8 @@ class _Run:
                 continue
             fits = False
             self.report.weights.append(Weight(name, note))
+        if not fits:
+            self.report.lacks(_UNFIT)
         return fits
 
     # --- from the first to the last -----------------------------------------------------------------------------
@@ -211,12 +222,11 @@ class _Run:
         """Everything about one layer, whose parameters are in memory meanwhile; returns the streams after it."""
         layer = self.port.layer(n) if n < self.port.sizes.layers else None
         expected = self.oracle.layer(n)
-        stored = getattr(layer, "stored", None)
-        read = self.port.restore if stored is None else lambda names: {name: stored[name] for name in names}
+        read = layer.restore if isinstance(layer, SupportsRestore) else self.port.restore
         fits = self.weights(expected.parameters(self.packed), read)
         return self.activations(n, expected, layer, streams) if fits and streams is not None and layer is not None else None
 
-    def activations(self, n: int, expected: OracleLayer, layer: Layer, streams: _Streams) -> _Streams:
+    def activations(self, n: int, expected: OracleLayer, layer: Layer, streams: _Streams) -> _Streams | None:
         taps = expected.run(streams.truth)
         routing = {"expert_choice": taps["expert_choice"]}
         if self.report.layers:
@@ -224,6 +234,8 @@ class _Run:
             if self.precision:
                 self.judge.precision(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
         free = layer.run(streams.own)
+        if not self.shows("free run", free, "router_logits", "expert_choice", "layer_out"):
+            return None
         if streams.replayed is streams.own and np.array_equal(free["expert_choice"], taps["expert_choice"]):
             replay = free  # no expert has flipped so far: with the reference's routing it is the same run
         else:
@@ -231,15 +243,29 @@ class _Run:
         self.judge.flips(n, taps, free)
         self.judge.growth(n, taps["layer_out"], {"replayed": replay["layer_out"], "own": free["layer_out"]})
         if self.decode:
-            decoded = layer.decode(streams.replayed, taps["expert_choice"])  # type: ignore[attr-defined]
-            self.judge.tap(n, "decode", decoded, replay["layer_out"], "one token at a time against the whole prompt")
+            self.decoded(n, layer, streams.replayed, taps, replay)
         after = _Streams(taps["layer_out"], replay["layer_out"], free["layer_out"])
         if replay is free:
             after.own = after.replayed
         if streams.port16 is not None and streams.reference16 is not None:
-            after.port16 = layer.run(streams.port16, routing)["layer_out"]
-            after.reference16 = expected.run(streams.reference16, routing)["layer_out"]
+            out16 = layer.run(streams.port16, routing)["layer_out"]
+            if self.judge.rounds(out16):
+                after.port16, after.reference16 = out16, expected.run(streams.reference16, routing)["layer_out"]
         return after
+
+    def shows(self, arm: str, found: Arrays, *taps: str) -> bool:
+        """Whether the port shows the taps that an arm goes on from."""
+        missing = [tap for tap in taps if tap not in found]
+        if missing:
+            self.report.lacks(f"{arm}: the port shows no {', '.join(missing)}, so it was not run to its end")
+        return not missing
+
+    def decoded(self, n: int, layer: Layer, x: np.ndarray, taps: Arrays, whole: Arrays) -> None:
+        if isinstance(layer, SupportsDecode):
+            got = layer.decode(x, taps["expert_choice"])
+            self.judge.tap(n, "decode", got, whole["layer_out"], "one token at a time against the whole prompt")
+        else:
+            self.report.lacks("decode: the port has layers that cannot (parity.sides.SupportsDecode): they were not decoded")
 
     def last(self, streams: _Streams) -> None:
         taps = self.oracle.unembed(streams.truth)
@@ -251,7 +277,10 @@ class _Run:
             if self.precision:
                 truth16 = streams.truth.astype(BFLOAT16)
                 self.judge.precision(None, taps, *(side.unembed(truth16, taps) for side in (self.port, self.oracle)))
-        logits = {"replayed": self.port.unembed(streams.replayed)["logits"]}
+        last = self.port.unembed(streams.replayed)
+        if not self.shows("free run", last, "logits"):
+            return
+        logits = {"replayed": last["logits"]}
         logits["own"] = logits["replayed"] if streams.own is streams.replayed else self.port.unembed(streams.own)["logits"]
         if streams.port16 is not None and streams.reference16 is not None:
             logits["bfloat16"] = self.port.unembed(streams.port16)["logits"]
@@ -290,6 +319,24 @@ class _Run:
             want, have = np.concatenate([want, both[0]]), np.concatenate([have.reshape(want.shape), both[1]])
             note = f"{missed.size} unreached experts fed directly"
         self.judge.tap(n, "mlp_out", have, want, note)
+
+
+def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -> None:
+    """The gradients arm, on tokens [1, length]; what a side has no gradient of is said to be incomplete."""
+    from parity.gradients import compare_gradients
+
+    if not isinstance(port, SupportsGradients):
+        report.lacks("gradients: the port has none (parity.sides.SupportsGradients): they were not compared")
+    elif not isinstance(oracle, GradientOracle):
+        report.lacks("gradients: the reference has none (parity.sides.GradientOracle): they were not compared")
+    else:
+        want, routing = oracle.gradients(tokens)
+        got = port.gradients(tokens, routing)
+        names = [name for name in port.stored or want if name in want]
+        missing = [name for name in names if name not in got]
+        if missing:
+            report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
+        report.gradients = compare_gradients(want, got, [name for name in names if name in got])
 
 
 def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bool, layers: bool) -> None:

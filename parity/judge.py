@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from parity import metrics
@@ -51,10 +52,17 @@ class Judge:
 
     def precision(self, layer: int | None, truth: Arrays, got: Arrays, reference: Arrays) -> None:
         """Each component in bfloat16 on the oracle's input: its error over the reference's own, noted at its tap."""
-        for tap in self.report.taps:
-            if tap.layer == layer and tap.tap in truth and tap.tap in got and tap.tap != "expert_choice":
+        for tap in [tap for tap in self.report.taps if tap.layer == layer and tap.tap != "expert_choice"]:
+            if tap.tap in truth and tap.tap in got and self.rounds(got[tap.tap]):
                 ours, theirs = (self._spread(side[tap.tap], truth[tap.tap]) for side in (got, reference))
                 tap.port_over_reference = metrics.error_ratio(ours, theirs)
+
+    def rounds(self, computed: np.ndarray) -> bool:
+        """Whether the port did compute in bfloat16, when it was asked to."""
+        right = computed.dtype == ml_dtypes.bfloat16
+        if not right:
+            self.report.lacks(f"precision: asked for bfloat16, the port computed in {computed.dtype}: it was not judged")
+        return right
 
     def flips(self, layer: int, taps: Arrays, free: Arrays) -> None:
         if free["expert_choice"].shape == taps["expert_choice"].shape:

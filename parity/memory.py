@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from oss_model.errors import InputError
 from oss_model.memory import rss
+from parity.sides import Port, SupportsLeastMemory
 
 if TYPE_CHECKING:
     from parity.candidate import Candidate
-    from parity.sides import Port
 
 # What libraries, compiled code and allocators keep beyond what is counted: measured on tiny, 20b and 120b sizes.
 SLACK_BYTES = 512 << 20
@@ -39,21 +39,44 @@ def least_memory(candidate: "Candidate", batch: int, length: int) -> int:
     return rss() + SLACK_BYTES + min(FRAGMENTS_BYTES, ours) + max(first, reading, layer, last)
 
 
-def check_memory(port: "Port", prompt: tuple[int, ...], max_memory: int, gradients: bool) -> None:
+def gradient_bytes(port: Port) -> int:
+    """What parameters and gradients of both sides take in float32; a byte of blocks holds two values."""
+    values = (math.prod(shape) * (2 if name.endswith(".blocks") else 1) for name, (shape, _) in port.stored.items())
+    return 4 * 4 * sum(values)
+
+
+def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients: bool) -> None:
     """Before the long part. `prompt` is [batch, length].
 
     Raises:
-      InputError: if it takes more than `max_memory` bytes.
+      InputError: if it takes more than `max_memory` bytes, or if the port does not say what it takes.
     """
-    if not hasattr(port, "cfg"):
-        raise InputError("--max-memory: expected a checkpoint of ours, found another port, whose needs are not known")
-    candidate: Candidate = port  # type: ignore[assignment]
-    need = least_memory(candidate, *prompt)
+    if not isinstance(port, SupportsLeastMemory):
+        raise InputError(
+            f"--max-memory: expected a port that says what it takes (parity.sides.SupportsLeastMemory), found {port}, which"
+            " does not; leave it out"
+        )
+    need = port.least_memory(*prompt)
     if gradients:
-        values = (math.prod(shape) * (2 if name.endswith(".blocks") else 1) for name, (shape, _) in candidate.stored.items())
-        need = max(need, rss() + SLACK_BYTES + 16 * sum(values))  # both sides' parameters and gradients in float32
+        need = max(need, rss() + SLACK_BYTES + gradient_bytes(port))
     if need > max_memory:
         raise InputError(
             f"--max-memory: expected at least {math.ceil(need / 2**20)}M for this checkpoint and {math.prod(prompt)} tokens,"
             f" found {max_memory >> 20}M; fewer tokens take a little less, a checkpoint in mxfp4 takes the most off"
+        )
+
+
+def check_free_memory(port: Port) -> None:
+    """Before the long part, of the gradients.
+
+    Raises:
+      InputError: if parameters and gradients of both sides, in float32, do not fit in the memory that is free.
+    """
+    import psutil
+
+    need, free = gradient_bytes(port), psutil.virtual_memory().available
+    if need > free:
+        raise InputError(
+            f"--gradients: expected {need / 1e9:.1f} GB of memory for both sides in float32, found {free / 1e9:.1f} GB free;"
+            " use a checkpoint of fewer layers"
         )

@@ -48,7 +48,6 @@ class Recorder:
 
     def __init__(self, oracle: Oracle, directory: str | Path, prompt: Prompt, described: dict[str, Any]):
         self.oracle, self.directory, self.described = oracle, Path(directory), described
-        self.source = getattr(oracle, "source", None)
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise InputError(f"{directory}: expected a new or empty directory for a recording, found something; remove it")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -154,6 +153,9 @@ class Recording:
             if isinstance(e, InputError):
                 raise
             raise InputError(f"{directory}: expected a finished recording, found none ({e}); make one with --record") from None
+
+    def __str__(self) -> str:
+        return self.source
 
     def read(self, name: str) -> Arrays:
         return load_file(self.directory / f"{name}.safetensors")

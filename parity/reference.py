@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from parity import torch_faults, torch_suspects
+from parity import torch_faults, torch_gradients, torch_suspects
 from parity.sides import Arrays, Expected, Sizes
 from parity.torch_layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
 
@@ -60,6 +60,9 @@ class Reference:
         self.config._attn_implementation = "eager"
         self.config._experts_implementation = "eager"
         self.rotary = gpt_oss.GptOssRotaryEmbedding(self.config)  # off the meta device: its buffers are in no file
+
+    def __str__(self) -> str:
+        return str(self.source)
 
     @property
     def sizes(self) -> Sizes:
@@ -156,6 +159,10 @@ class Reference:
         """x times the transpose of a tensor, a run of rows at a time: the whole matrix in float32 is 2.3 GB."""
         rows = self._model_tensor(name).split(16384)
         return torch.cat([torch.nn.functional.linear(x, some.to(x.dtype)) for some in rows], dim=-1)
+
+    def gradients(self, tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
+        """Of every parameter as values, and the routing they are for: see `parity.sides.GradientOracle`."""
+        return torch_gradients.gradients(self, tokens)
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""

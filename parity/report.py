@@ -102,6 +102,11 @@ class Report:
             return {"layer": None, "tap": "logits"}
         return None
 
+    def lacks(self, reason: str) -> None:
+        """Something asked for that could not be done: with it the report cannot say PASS."""
+        if reason not in self.incomplete:
+            self.incomplete.append(reason)
+
     def to_json(self) -> str:
         differing = [dataclasses.asdict(weight) for weight in self.weights if weight.note]
         found = {

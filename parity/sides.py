@@ -2,11 +2,14 @@
 
 A model of one's own is compared by giving `parity.compare` an object that follows `Port`; `scripts/compare_own_model.py`
 is an example. Taps are those of `oss_model.taps`. Arrays are float32 or bfloat16 (`ml_dtypes`), [batch, length, ...];
-the router's are [batch * length, ...].
+the router's are [batch * length, ...]. Reports call a side by its `str()`.
+
+Not every port can decode, differentiate, or say what memory it takes: `SupportsDecode` and the protocols after it are
+asked for one by one. An arm that a side has no part in is reported as incomplete, by name.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +45,7 @@ class Layer(Protocol):
         """Every tap of the layer for input x, in the dtype of x.
 
         `forced` holds values to go on with in place of the layer's own: each part then works on the reference's input.
+        What is returned is what the layer itself computed there, before the forced value took its place.
         Forced `expert_choice` without `expert_weights` means: these experts, weighed by the layer's own logits.
         """
         ...
@@ -67,6 +71,58 @@ class Port(Protocol):
     def layer(self, n: int) -> Layer: ...
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays: ...
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class SupportsDecode(Protocol):
+    """A layer of a port that also computes a token at a time, on a key-value cache."""
+
+    def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """`layer_out` of every token, one at a time, each seeing of those before it only what the cache has kept.
+
+        Args:
+          x: [batch, length, hidden].
+          choice: int [batch * length, k], the experts to go to.
+
+        Returns:
+          [batch, length, hidden] in the dtype of x.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsGradients(Protocol):
+    """A port that also differentiates, the whole model at once."""
+
+    def gradients(self, tokens: np.ndarray, routing: list[np.ndarray]) -> Arrays:
+        """d loss / d parameter, for the mean cross entropy of each next token.
+
+        Args:
+          tokens: int [batch, length], without padding.
+          routing: of each layer the experts to go to, int [batch * length, k]. They are weighed by the port's own logits.
+
+        Returns:
+          Parameter's name -> float32 array of the parameter's shape. Packed parameters have no gradient.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsRestore(Protocol):
+    """A layer of a port that has its parameters in memory: they are not read a second time to be compared."""
+
+    def restore(self, names: Iterable[str]) -> Arrays:
+        """As `Port.restore`."""
+        ...
+
+
+@runtime_checkable
+class SupportsLeastMemory(Protocol):
+    """A port that knows how much memory it takes to compare it."""
+
+    def least_memory(self, batch: int, length: int) -> int:
+        """Resident bytes of the process at the peak, all in, with a prompt [batch, length]."""
+        ...
 
 
 class OracleLayer(Layer, Protocol):
@@ -95,4 +151,17 @@ class Oracle(Protocol):
     def run_with(self, fault: str, given: np.ndarray) -> np.ndarray | None:
         """What lies outside the layers, with a known mistake made: of tokens, of the last stream, of its norm, or
         (stacked cos and sin) of positions. None where the reference is only a recording."""
+        ...
+
+
+@runtime_checkable
+class GradientOracle(Protocol):
+    """An oracle that also differentiates."""
+
+    def gradients(self, tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
+        """What `SupportsGradients.gradients` should be, of every parameter as values, and the routing it is for.
+
+        Args:
+          tokens: int [batch, length], without padding.
+        """
         ...

@@ -4,7 +4,9 @@
 
 `OwnModel` stands for your port: plain functions on dictionaries of arrays, none of `oss_model`'s layers. What the harness
 asks of it is in `parity/sides.py`: sizes, the embedding, each layer's taps, the logits, and the RoPE tables. Wherever a
-value is a tap, hand it through `seen(name, value)`, which keeps it and gives back the value to go on with.
+value is a tap, hand it through `seen(name, value)`, which keeps it and gives back the value to go on with. A port that
+also decodes on a cache, or differentiates, has `decode` and `gradients` as described there; this one does neither, so
+that `compare(..., gradients=True)` ends incomplete and says so.
 """
 
 import argparse
@@ -82,6 +84,9 @@ class OwnModel:
         leaves = jax.tree_util.tree_flatten_with_path(self.tree)[0]
         self.arrays = {".".join(str(key.key) for key in keys[:-1]): np.asarray(leaf) for keys, leaf in leaves}
         self.stored = {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
+
+    def __str__(self) -> str:
+        return f"OwnModel of {self.path}"
 
     @property
     def sizes(self) -> Sizes:

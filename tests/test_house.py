@@ -41,6 +41,7 @@ def packages(source: str) -> set[str]:
 JUDGE = {
     "parity/reference.py",
     "parity/torch_faults.py",
+    "parity/torch_gradients.py",
     "parity/torch_suspects.py",
     "parity/torch_layer.py",
     "parity/sides.py",

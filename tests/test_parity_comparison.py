@@ -5,6 +5,7 @@ import json
 import shutil
 import xml.etree.ElementTree as ET
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -208,7 +209,6 @@ def test_precision_in_bfloat16_is_the_references_own(sources, checkpoints):
 
 def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpoints):
     """Softmax weights cut to five bits: right in float32, and far noisier than the reference in bfloat16."""
-    import jax
 
     def careless(q, k, v, sinks, visible):
         out = layers.sink_attention(q, k, v, sinks, visible)
@@ -229,8 +229,6 @@ def test_decoding_equals_the_whole_prompt(sources, checkpoints):
 
 
 def test_a_cache_that_forgets_one_key_too_early_is_found(monkeypatch, sources, checkpoints):
-    import jax
-
     monkeypatch.setattr(candidate_module, "init_cache", lambda cfg, *rest: cache.init_cache(
         dataclasses.replace(cfg, sliding_window=9), *rest))  # fmt: skip
     jax.clear_caches()
@@ -249,8 +247,6 @@ def test_gradients_of_every_parameter(sources, checkpoints, dtype):
 
 def test_a_gradient_that_does_not_flow_is_found(monkeypatch, sources, checkpoints):
     """Right forward, wrong backward: nothing flows through the router's weights."""
-    import jax
-
     monkeypatch.setattr(modeling, "weigh", lambda logits, choice: moe.weigh(jax.lax.stop_gradient(logits), choice))
     jax.clear_caches()
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, gradients=True)
@@ -444,8 +440,6 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, sources, checkpoints, argume
 
 def test_reordered_reductions_do_not_alarm(monkeypatch, report, sources, checkpoints):
     """Sums in another order are noise: every inner axis of every product reversed."""
-    import jax
-
     contract = layers.contract
 
     def reordered(spec, x, y):

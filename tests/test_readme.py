@@ -63,4 +63,7 @@ def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monke
     with jax.numpy_rank_promotion("allow"):
         assert compare(sources["hf"], own.OwnModel(checkpoints["bfloat16"])).verdict == "pass"
         monkeypatch.setattr(own, "rotate", lambda x, cos, sin: x)
-        assert compare(sources["hf"], own.OwnModel(checkpoints["bfloat16"])).first_divergence == {"layer": 0, "tap": "q_rope"}
+        report = compare(sources["hf"], own.OwnModel(checkpoints["bfloat16"]), gradients=True, decode=True)
+    assert report.first_divergence == {"layer": 0, "tap": "q_rope"}
+    # Its `path` is that of a right checkpoint, whose gradients in our model prove nothing about it.
+    assert (report.gradients, [line.split(":")[0] for line in report.incomplete]) == ([], ["decode", "gradients"])

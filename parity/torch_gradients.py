@@ -1,0 +1,50 @@
+"""The reference's gradients: transformers' whole model, differentiated by PyTorch. See `parity.gradients`."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+
+from parity.sides import Arrays
+from parity.torch_layer import to_numpy
+
+if TYPE_CHECKING:
+    from parity.reference import Reference
+
+
+def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
+    """PyTorch's gradients, named and laid out as in Orbax, and each layer's choice of experts.
+
+    Args:
+      tokens: int [batch, length], without padding.
+    """
+    from parity.reference import as_in_orbax
+
+    with torch.device("meta"):
+        model = gpt_oss.GptOssForCausalLM(reference.config)
+    state = reference.outer_state()
+    for n in range(reference.sizes.layers):
+        state |= {f"model.layers.{n}.{name}": t for name, t in reference.layer(n).decoded.items()}
+    model.load_state_dict({name: t.float().contiguous() for name, t in state.items()}, assign=True)
+    model.model.rotary_emb = reference.rotary
+    model.model.embed_tokens.padding_idx = None  # torch would leave out the padding token's embedding
+    model.requires_grad_(True)
+    routing: list[np.ndarray] = []
+    layers: Any = model.model.layers
+    for layer in layers:
+        layer.mlp.router.register_forward_hook(lambda module, args, output: routing.append(output[2].numpy()))
+    given = torch.from_numpy(tokens).long()
+    logits = model(given, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given[:, 1:].flatten()).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {
+        "embedding.weight": to_numpy(grads["model.embed_tokens.weight"]),
+        "norm.scale": to_numpy(grads["model.norm.weight"]),
+        "lm_head.weight": to_numpy(grads["lm_head.weight"]),
+    }
+    for n in range(reference.sizes.layers):
+        prefix = f"model.layers.{n}."
+        layer = {name.removeprefix(prefix): grad for name, grad in grads.items() if name.startswith(prefix)}
+        found |= {name: to_numpy(grad) for name, grad in as_in_orbax(reference.config, n, layer)}
+    return found, routing

@@ -1,0 +1,267 @@
+"""What the arms ask of the two sides and make of the answers, on a model in NumPy: quick enough to be wrong in every way."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from oss_model import InputError
+from parity import compare
+from parity.sides import Arrays, Expected, Sizes
+
+HIDDEN, EXPERTS, K, VOCAB, LAYERS, WINDOW = 12, 7, 2, 17, 4, 3
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def parameters(seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    shapes = {"embedding.weight": (VOCAB, HIDDEN), "lm_head.weight": (HIDDEN, VOCAB)}
+    for n in range(LAYERS):
+        shapes |= {f"layers.{n}.{name}": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {f"layers.{n}.router": (HIDDEN, EXPERTS), f"layers.{n}.experts": (EXPERTS, HIDDEN, HIDDEN)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def norm(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(1e-5))
+
+
+def times(x: np.ndarray, matrix: np.ndarray, reordered: bool) -> np.ndarray:
+    """x @ matrix; `reordered` adds the same numbers up the other way round."""
+    return x[..., ::-1] @ matrix[::-1] if reordered else x @ matrix
+
+
+class Layer:
+    def __init__(self, model: "Model", n: int):
+        self.model, self.n = model, n
+        self.p = {name: model.values[f"layers.{n}.{name}"] for name in (*"qkvo", "router", "experts")}
+
+    def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        given, taps, dtype = forced or {}, {}, x.dtype
+
+        def seen(name: str, value: np.ndarray) -> np.ndarray:
+            if value.dtype == np.float32:
+                value = value.astype(dtype).astype(np.float32)
+            value = self.model.change(self.n, name, value, forced)
+            taps[name] = value if value.dtype != np.float32 else value.astype(dtype)
+            return given[name].reshape(value.shape).astype(value.dtype) if name in given else value
+
+        x = x.astype(np.float32)
+        by = lambda a, name: times(a, self.p[name], self.model.reordered)  # noqa: E731
+        h = seen("attn_norm", norm(x))
+        q, k, v = (seen(name, by(h, name).reshape(*x.shape[:2], 2, -1)) for name in "qkv")
+        q, k = seen("q_rope", 2 * q), seen("k_rope", 2 * k)
+        before = np.arange(1, x.shape[1] + 1, dtype=np.float32)[None, :, None, None]
+        core = seen("attn_core", np.cumsum(v + np.tanh(q * k), axis=1) / before)
+        x = x + seen("attn_out", by(core.reshape(x.shape), "o") / 10)
+        h = seen("mlp_norm", norm(x)).reshape(-1, HIDDEN)
+        logits = seen("router_logits", by(h, "router"))
+        choice = seen("expert_choice", np.argsort(-logits, axis=-1, kind="stable")[:, :K])
+        chosen = np.exp(np.take_along_axis(logits, choice, -1))
+        weights = seen("expert_weights", chosen / chosen.sum(-1, keepdims=True))
+        seen("layer_out", x + seen("mlp_out", self.experts(h, choice, weights).reshape(x.shape)))
+        return taps
+
+    def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        each = np.einsum("th,tkhj->tkj", x.astype(np.float32), self.p["experts"][choice])
+        return np.einsum("tkj,tk->tj", each, weights.astype(np.float32))
+
+    def parameters(self, packed: bool):
+        return self.model.expected(f"layers.{self.n}.")
+
+    def run_with(self, fault, x, forced, tap):
+        return None
+
+
+class Model:
+    """Both sides of a comparison: as a port its sums come in another order, and `change` may make it wrong.
+
+    `change(layer, tap, value, forced)` gives the value that a tap has instead.
+    """
+
+    sizes = Sizes(LAYERS, EXPERTS, VOCAB, WINDOW, 64)
+    rope_positions = np.arange(64)
+
+    def __init__(self, change=lambda layer, tap, value, forced: value, reordered: bool = False, values: Arrays | None = None):
+        self.change, self.reordered = change, reordered
+        self.values = parameters() if values is None else values
+        self.stored = {name: (value.shape, value.dtype) for name, value in self.values.items()}
+
+    def __str__(self) -> str:
+        return "a model in NumPy"
+
+    def restore(self, names) -> Arrays:
+        return {name: self.values[name] for name in names}
+
+    def expected(self, prefix: str):
+        for name, value in self.values.items():
+            if name.startswith(prefix):
+                yield Expected(name, value.shape, lambda got, value=value: "" if (got == value).all() else "differs", lambda: 0)
+
+    def first_parameters(self):
+        return self.expected("embedding.")
+
+    def last_parameters(self):
+        return self.expected("lm_head.")
+
+    def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return self.change(None, "embedding", self.values["embedding.weight"][tokens], None).astype(dtype)
+
+    def layer(self, n: int) -> Layer:
+        return Layer(self, n)
+
+    def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
+        normed = self.change(None, "final_norm", norm(x.astype(np.float32)), forced)
+        given = forced["final_norm"].astype(np.float32) if forced else normed
+        logits = self.change(None, "logits", times(given, self.values["lm_head.weight"], self.reordered), forced)
+        return {"final_norm": normed.astype(x.dtype), "logits": logits.astype(x.dtype)}
+
+    def rope_tables(self, positions: np.ndarray):
+        angle = positions[:, None].astype(np.float32) * np.float32(0.5)
+        tables = self.change(None, "rope", np.cos(angle), None), np.sin(angle)
+        return tables if self.reordered else (np.full(1, 0.5, np.float32), *tables)
+
+    def run_with(self, fault, given):
+        return None
+
+
+class Decoder(Layer):
+    def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        found = self.run(x, {"expert_choice": choice})["layer_out"]
+        return self.model.change(self.n, "decode", found, None)
+
+
+class Whole(Model):
+    """It can do all that can be asked: decode, differentiate (any numbers do), and say what it takes."""
+
+    def layer(self, n: int) -> Layer:
+        return Decoder(self, n)
+
+    def gradients(self, tokens: np.ndarray, routing: list[np.ndarray] | None = None):
+        found = {name: self.change(None, f"d {name}", value * 2, None) for name, value in self.values.items()}
+        choices = [np.zeros((tokens.size, K), np.int64)] * LAYERS
+        return found if self.reordered else (found, choices)
+
+    def least_memory(self, batch: int, length: int) -> int:
+        return 1 << 20
+
+
+ORACLE = Whole()
+TOKENS = 4 * WINDOW
+
+
+def wrong(layer: int | None, tap: str, make=lambda value: value * np.float32(1.1), when=lambda forced: True):
+    """A change of one tap of one layer, where `when` says so of the forced values."""
+    return lambda at, name, value, forced: make(value) if (at, name) == (layer, tap) and when(forced) else value
+
+
+def judged(change=lambda layer, tap, value, forced: value, **options):
+    return compare(ORACLE, Whole(change, reordered=True), tokens=TOKENS, **options)
+
+
+EVERYTHING = {"dtype": "bfloat16", "decode": True, "gradients": True, "max_memory": 1 << 40}
+
+
+def test_a_right_port_passes_every_arm():
+    report = judged(**EVERYTHING)
+    assert (report.verdict, report.incomplete, report.first_divergence) == ("pass", [], None)
+    assert 0 < max(tap.worst_token_rel_l2 for tap in report.taps) < 4e-6  # sums in another order are noise
+    assert len(report.gradients) == len(ORACLE.values)
+    assert [tap.layer for tap in report.taps if tap.tap == "decode"] == list(range(LAYERS))
+    assert report.precision == "ok"
+
+
+# --- what a port cannot do -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"gradients": True}, "gradients: the port has none (parity.sides.SupportsGradients): they were not compared"),
+        ({"decode": True}, "decode: the port has layers that cannot (parity.sides.SupportsDecode): they were not decoded"),
+    ],
+)
+def test_what_a_port_cannot_do_is_incomplete_by_name(asked, named):
+    """Attributes named like those of our own candidate change nothing: nothing is read from there."""
+    port = Model(reordered=True)
+    port.path, port.cfg = "/a/right/checkpoint", object()
+    report = compare(ORACLE, port, tokens=TOKENS, **asked)
+    assert (report.verdict, report.exit_code, report.incomplete) == ("incomplete", 3, [named])
+    assert (report.gradients, report.checkpoint) == ([], "a model in NumPy")
+    assert f"incomplete: {named}" in report.table()
+
+
+def test_a_reference_without_gradients_is_incomplete_by_name():
+    report = compare(Model(), Whole(reordered=True), tokens=TOKENS, gradients=True)
+    assert report.incomplete == ["gradients: the reference has none (parity.sides.GradientOracle): they were not compared"]
+    assert report.verdict == "incomplete"
+
+
+def test_gradients_that_are_not_given_are_not_passed_over(monkeypatch):
+    right = Whole.gradients
+
+    def some(self, tokens, routing=None):
+        found = right(self, tokens, routing)
+        return {name: value for name, value in found.items() if "router" not in name} if self.reordered else found
+
+    monkeypatch.setattr(Whole, "gradients", some)
+    report = judged(gradients=True)
+    assert report.incomplete == ["gradients: the port gave none of 4 parameters, the first layers.0.router"]
+    assert (report.verdict, len(report.gradients)) == ("incomplete", len(ORACLE.values) - 4)
+
+
+def test_a_gradient_of_another_shape_fails():
+    report = judged(wrong(None, "d layers.1.q", lambda value: value[:1]), gradients=True)
+    assert [one["name"] for one in report.gradients if one["verdict"] == "fail"] == ["layers.1.q"]
+    json.loads(report.to_json())
+
+
+def test_memory_is_not_promised_for_a_port_that_does_not_say_what_it_takes():
+    port = Model(reordered=True)
+    port.cfg = object()
+    with pytest.raises(InputError) as e:
+        compare(ORACLE, port, tokens=TOKENS, max_memory=1 << 40)
+    assert e.value.faults == [
+        "--max-memory: expected a port that says what it takes (parity.sides.SupportsLeastMemory), found a model in NumPy,"
+        " which does not; leave it out"
+    ]
+    with pytest.raises(InputError, match=r"--max-memory: expected at least 1M .*, found 0M"):
+        judged(max_memory=1 << 19)
+
+
+def test_a_port_that_computes_in_float32_is_not_judged_in_bfloat16(monkeypatch):
+    run = Layer.run
+
+    def wide(self, x, forced=None):
+        return run(self, x.astype(np.float32) if self.model.reordered else x, forced)
+
+    monkeypatch.setattr(Layer, "run", wide)
+    report = judged(dtype="bfloat16")
+    assert report.incomplete == ["precision: asked for bfloat16, the port computed in float32: it was not judged"]
+    assert report.verdict == "incomplete"
+    assert "bfloat16" not in report.free_run
+    assert all(tap.port_over_reference is None for tap in report.taps if tap.layer is not None)
+
+
+def test_precision_without_its_taps_is_incomplete():
+    report = judged(dtype="bfloat16", layers=False)
+    assert report.verdict == "incomplete"
+    assert report.incomplete == [
+        "precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16"
+    ]
+
+
+@pytest.mark.parametrize("tap", ["router_logits", "expert_choice", "layer_out"])
+def test_taps_that_the_free_run_goes_on_from(monkeypatch, tap):
+    run = Layer.run
+
+    def without(self, x, forced=None):
+        found = run(self, x, forced)
+        return {name: value for name, value in found.items() if name != tap} if self.model.reordered else found
+
+    monkeypatch.setattr(Layer, "run", without)
+    for layers in (True, False):
+        report = judged(layers=layers)
+        assert report.verdict == "incomplete"
+        assert f"free run: the port shows no {tap}, so it was not run to its end" in report.incomplete
