@@ -20,7 +20,7 @@ from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import release
 from oss_model.modeling import Transformer
-from oss_model.restoring import restoring
+from oss_model.restoring import METADATA, not_a_checkpoint, restoring
 from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
 
@@ -42,11 +42,13 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
     path = Path(checkpoint_path).absolute()
     if is_orbax(path):
         return _from_orbax(path, cfg, mesh)
+    if not any(path.glob("*.safetensors")):
+        raise not_a_checkpoint(path, safetensors=True)
     return _from_safetensors(Checkpoint(path), cfg, mesh)
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    return (Path(path) / "_METADATA").is_file()
+    return (Path(path) / METADATA).is_file()
 
 
 def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
@@ -73,6 +75,8 @@ def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...
       OutOfMemory: if memory ran out.
     """
     path = Path(path).absolute()
+    if not is_orbax(path):
+        raise not_a_checkpoint(path)
     with restoring(path):
         # Not a Checkpointer, which logs what is wrong and goes on without metadata.
         tree: Any = ocp.PyTreeCheckpointHandler().metadata(path).tree  # type: ignore[arg-type]

@@ -1,14 +1,17 @@
-"""What can be wrong when an Orbax checkpoint is read, and how it is told: memory ran out, or it is damaged."""
+"""What can be wrong when an Orbax checkpoint is read, and how it is told: there is none, memory ran out, or it is damaged."""
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 
 from oss_model.errors import CommandError, InputError, OutOfMemory, system_errno, system_error
 from oss_model.memory import free_memory, out_of_memory, size
+
+METADATA = "_METADATA"  # the file that every checkpoint saved by Orbax has
+LISTED = 3  # of the names found in its place
 
 
 @contextlib.contextmanager
@@ -51,3 +54,33 @@ def _free() -> str:
     if "bytes_limit" in stats:
         return f"{size(stats['bytes_limit'] - stats['bytes_in_use'])} of {device} are"
     return f"{size(free_memory())} are"
+
+
+def not_a_checkpoint(path: Path, *, safetensors: bool = False) -> InputError:
+    """For a path that holds none: what was looked for, what is there, and what to do.
+
+    Args:
+      safetensors: whether those would have done too.
+    """
+    wanted = [METADATA, "*.safetensors"] if safetensors else [METADATA]
+    looked = f"{path}: expected an Orbax checkpoint{' or safetensors' if safetensors else ''} ({', '.join(wanted)}), found"
+    partial = path.with_name(f"{path.name}.partial")
+    if not path.exists():
+        if partial.is_dir():
+            return InputError(f"{looked} nothing, and an unfinished conversion in {partial}: run the same convert-oss again")
+        return InputError(f"{looked} nothing; convert-oss SRC {path} makes one")
+    if not path.is_dir():
+        return InputError(f"{looked} a file; give a directory")
+    below = {file.parent for name in wanted for depth in ("*", "*/*") for file in path.glob(f"{depth}/{name}")}
+    if below:
+        return InputError(f"{looked} some in directories of it; give one: {_list(str(place) for place in below)}")
+    names = [entry.name for entry in path.iterdir()]
+    if any(name.endswith(".safetensors") for name in names):
+        return InputError(f"{looked} safetensors; convert them first: convert-oss {path} DST")
+    found = f"other files ({_list(names)})" if names else "an empty directory"
+    return InputError(f"{looked} {found}; give another, or make one with convert-oss")
+
+
+def _list(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:LISTED]) + (f" and {len(shown) - LISTED} more" if len(shown) > LISTED else "")

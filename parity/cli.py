@@ -157,12 +157,20 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     return result.exit_code
 
 
+# As in README.md: left to the dependencies of others, pip takes a torch with several GB of CUDA.
+INSTALL = ("pip install torch==2.13.0", "--index-url https://download.pytorch.org/whl/cpu", "pip install '.[parity]'")
+
+
 def _need_torch() -> None:
     try:
         import torch  # noqa: F401
         import transformers
     except ImportError as e:
-        raise InputError(f"check-parity needs PyTorch and transformers ({e}); pip install 'convert-oss[parity]'") from None
+        torch_first, cpu_only, parity = INSTALL
+        raise InputError(
+            f"check-parity needs PyTorch and transformers ({e}): `{torch_first}` first, with `{cpu_only}` on a machine "
+            f"without a GPU, then, in a clone, `{parity}` (README.md, Install)"
+        ) from None
     transformers.logging.set_verbosity_error()
 
 

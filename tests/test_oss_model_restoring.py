@@ -126,6 +126,39 @@ def test_a_process_with_too_little_memory_says_so(checkpoints, tmp_path):
         assert f"what is read takes {need}, " in line
 
 
+# --- nothing to read --------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpoints, sources, tmp_path, caplog):
+    places = {name: tmp_path / name for name in ("nothing", "file", "empty", "others", "above", "new")}
+    places["file"].write_text("")
+    for name in ("empty", "others", "above", "new.partial"):
+        (tmp_path / name).mkdir()
+    for name in "abcd":
+        (places["others"] / name).touch()
+    (places["above"] / "default").symlink_to(checkpoints["bfloat16"])
+    places["safetensors"] = sources["hf"]
+    said = {
+        "nothing": f"nothing; convert-oss SRC {places['nothing']} makes one",
+        "file": "a file; give a directory",
+        "empty": "an empty directory; give another, or make one with convert-oss",
+        "others": "other files (a, b, c and 1 more); give another, or make one with convert-oss",
+        "above": f"some in directories of it; give one: {places['above']}/default",
+        "new": f"nothing, and an unfinished conversion in {tmp_path}/new.partial: run the same convert-oss again",
+        "safetensors": f"safetensors; convert them first: convert-oss {sources['hf']} DST",
+    }
+    for name, path in places.items():
+        with pytest.raises(InputError) as caught:
+            Candidate(path)
+        assert caught.value.faults == [f"{path}: expected an Orbax checkpoint (_METADATA), found {said[name]}"]
+        if name != "safetensors":
+            with pytest.raises(InputError) as caught:
+                create_model_from_checkpoint(path, ModelConfig.tiny())
+            line = f"{path}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found {said[name]}"
+            assert caught.value.faults == [line]
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [

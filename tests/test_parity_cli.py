@@ -1,6 +1,7 @@
 """check-parity as a command: what it refuses, with which line and which exit code, before the long part."""
 
 import errno
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,26 @@ def test_whatever_happens_on_the_way_is_no_divergence(pair, monkeypatch, error, 
     assert found == code
     assert lines[-1].startswith(last)
     assert ("Traceback" in lines[0]) == (code == 70)
+
+
+def test_without_pytorch_the_advice_is_the_readmes(pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, lines = run(*pair)
+    assert (code, len(lines)) == (2, 1)
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    install = readme.split("## Install")[1].split("## Convert")[0]
+    for part in cli.INSTALL:
+        assert f"`{part}`" in lines[0]
+        assert part in install
+    assert lines[0].startswith(
+        "error: check-parity needs PyTorch and transformers (import of torch halted; None in sys.modules): "
+    )
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_a_checkpoint_that_is_not_there_is_one_line(pair, tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    found = {"nothing": "nothing; ", "empty": "an empty directory; "}[name]
+    code, (line,) = run(pair[0], tmp_path / name)
+    assert code == 2
+    assert line.startswith(f"error: {tmp_path / name}: expected an Orbax checkpoint (_METADATA), found {found}")
