@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 constraints="${CONSTRAINTS-scripts/constraints.txt}"
-wanted="$(cat pyproject.toml $constraints; echo "${PYTHON:-python3} ${TORCH:=torch==2.13.0}")"
+torch="${TORCH:-torch==2.13.0}"
+wanted="$(cat pyproject.toml $constraints; echo "${PYTHON:-python3} $torch")"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "setting up .venv (once)" >&2
     "${PYTHON:-python3}" -m venv --clear .venv
-    .venv/bin/pip install --quiet "$TORCH"
+    .venv/bin/pip install --quiet "$torch"
     .venv/bin/pip install --quiet ${constraints:+--constraint "$constraints"} --editable '.[parity,test]'
     echo "$wanted" > .venv/installed
 fi
