@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -20,9 +21,12 @@ REMATS = ("none", "mlp", "block")
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
-@dataclasses.dataclass(unsafe_hash=True)  # part of a module's static structure, which jit hashes
+@dataclasses.dataclass(frozen=True)  # part of a module's static structure: what jit compiled holds for this one
 class ModelConfig:
     """Everything the arithmetic depends on. The defaults are gpt-oss-120b.
+
+    Nothing can be set later; `dataclasses.replace` makes another. One of fewer or more layers needs its layer types too:
+    `dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())`.
 
     `dtype` is the dtype computed in, whatever dtype is stored. `param_dtype` is how parameters are stored:
     "bfloat16", "float32", or "mxfp4" (experts packed, everything else bfloat16).
@@ -59,12 +63,13 @@ class ModelConfig:
     use_sharding: bool = False  # annotate parameters with the partition specs of `oss_model.sharding`
 
     def __post_init__(self):
+        settle = functools.partial(object.__setattr__, self)  # fields are frozen from here on
         if not self.layer_types and isinstance(self.num_hidden_layers, int):
-            self.layer_types = tuple(FULL if n % 2 else SLIDING for n in range(self.num_hidden_layers))
+            settle("layer_types", tuple(FULL if n % 2 else SLIDING for n in range(self.num_hidden_layers)))
         if isinstance(self.layer_types, list):
-            self.layer_types = tuple(self.layer_types)
+            settle("layer_types", tuple(self.layer_types))
         with contextlib.suppress(TypeError):  # no dtype at all is a fault like a dtype that is not implemented
-            self.dtype = np.dtype(self.dtype)
+            settle("dtype", np.dtype(self.dtype))
         raise_all(_faults(self))
 
     @classmethod
