@@ -95,22 +95,14 @@ def experts(
     mesh_shape = sharding.mesh_shape()
     if mesh_shape:
         return _on_mesh(x, choice, weights, gate_up, down, cfg, mesh_shape)
-    first = gate_up.stored(), down.stored()
-    return PATHS[_path(x, first[0], cfg)](x, choice, weights, *first, cfg).astype(x.dtype)
+    stored = gate_up.stored(), down.stored()
+    return PATHS[_path(x, stored[0], cfg)](x, choice, weights, *stored, cfg).astype(x.dtype)
 
 
 def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
-    bias = gate_up["bias"]
-    concrete = not isinstance(x, Tracer) and not isinstance(bias, Tracer)
-    if cfg.expert_path == "loop" and not concrete:
-        raise InputError(
-            "expert_path: expected another than 'loop' under jit, grad and on a mesh, such as 'auto', found 'loop'"
-        )
     if cfg.expert_path != "auto":
         return cfg.expert_path
-    if jax.default_backend() == "cpu" and concrete and len(bias.sharding.device_set) == 1:
-        return "loop"
-    if x.shape[0] * cfg.num_experts_per_tok <= bias.shape[0]:
+    if x.shape[0] * cfg.num_experts_per_tok <= gate_up["bias"].shape[0]:
         return "pairs"
     return "scan" if jax.default_backend() == "cpu" else "ragged"
 
@@ -181,11 +173,20 @@ def _expert(x: Float[Array, "t h"], gate_up: dict[str, Array], down: dict[str, A
 
 
 def _loop(x, choice, weights, gate_up, down, cfg: ModelConfig):
-    """Each expert in turn on its own tokens alone; only where values are at hand, so not under jit or grad.
+    """Each expert in turn on its own tokens alone: for values at hand, so it is taken only where it is asked for.
 
     One expert's values in memory at a time, and experts / k times less work than `_scan`. Experts are cut out by NumPy,
     on the same bytes: XLA on CPU slices bfloat16 by way of the whole array in float32.
+
+    Raises:
+      InputError: under jit or grad, with respect to anything, and where an array is on several devices.
     """
+    arrays = (x, choice, weights, *gate_up.values(), *down.values())
+    if any(isinstance(a, Tracer) or (isinstance(a, jax.Array) and len(a.sharding.device_set) > 1) for a in arrays):
+        raise InputError(
+            "expert_path: expected values on one device for 'loop', found some that are traced (jit, grad) or on several;"
+            " use 'auto'"
+        )
     chosen, weighed = np.asarray(choice), np.asarray(weights)
     gate_up, down = ({name: np.asarray(array) for name, array in stored.items()} for stored in (gate_up, down))
     total = jnp.zeros(x.shape, jnp.float32)
@@ -211,6 +212,10 @@ def _add_expert(total, x, rows, weight, w1, w2, cfg: ModelConfig):
     return total.at[rows].add((_expert(x[rows], w1, w2, cfg) * weight[:, None]).astype(jnp.float32))
 
 
+# Jitted, these three: where the model is called without jit, JAX would compile their loops anew at every call.
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
 def _scan(x, choice, weights, gate_up, down, cfg: ModelConfig):
     """Every expert in turn on every token, most with weight zero: one expert's values in memory at a time.
 
@@ -232,6 +237,7 @@ def _scan(x, choice, weights, gate_up, down, cfg: ModelConfig):
     return jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), (by_expert, gate_up, down))[0]
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def _pairs(x, choice, weights, gate_up, down, cfg: ModelConfig):
     """Each (token, expert) pair in turn, reading only the experts that are used: for the few tokens of decoding."""
     k = choice.shape[1]
@@ -251,6 +257,7 @@ def _pairs(x, choice, weights, gate_up, down, cfg: ModelConfig):
     return out.reshape(x.shape[0], k, -1).sum(axis=1)
 
 
+@functools.partial(jax.jit, static_argnames="cfg")
 def _ragged(x, choice, weights, gate_up, down, cfg: ModelConfig):
     """Rows sorted by expert, one grouped matrix product a map: for accelerators, which have kernels for it."""
     k, count = choice.shape[1], down["bias"].shape[0]

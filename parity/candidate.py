@@ -38,7 +38,7 @@ class Candidate:
 
     Args:
       checkpoint: the directory.
-      expert_path: how experts are computed, if not so (`ModelConfig.expert_path`).
+      expert_path: how experts are computed, if not so (`ModelConfig.expert_path`): "loop", or "auto" if compiled.
       compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
 
     Attributes:
@@ -49,10 +49,11 @@ class Candidate:
       InputError: if the directory is no Orbax checkpoint, has no usable config.json, or contradicts it.
     """
 
-    def __init__(self, checkpoint: str | Path, *, expert_path: str = "auto", compiled: bool = False):
+    def __init__(self, checkpoint: str | Path, *, expert_path: str | None = None, compiled: bool = False):
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
         cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        expert_path = expert_path or ("auto" if compiled else "loop")
         self.cfg, self.compiled = dataclasses.replace(cfg, expert_path=expert_path), compiled
         self.large = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
 

@@ -3,10 +3,11 @@
     python scripts/bench_packed.py CHECKPOINT      # made with convert-oss --dtype mxfp4
 
 A raw read of the checkpoint's files for comparison, then one process: restore, the first forward pass of 16 tokens, op by
-op as it is called from a notebook, and the second.
+op, each expert on its own tokens (`expert_path="loop"`), and the second.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def main() -> None:
 
     before = rss()
     start = time.perf_counter()
-    model = create_model_from_checkpoint(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
+    cfg = dataclasses.replace(ModelConfig.from_json(checkpoint / "config.json"), expert_path="loop")
+    model = create_model_from_checkpoint(checkpoint, cfg)
     restoring, resident, peak = time.perf_counter() - start, rss(), peak_rss()
     stored = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
     tokens, forward = jnp.arange(16, dtype=jnp.int32)[None], []

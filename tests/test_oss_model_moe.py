@@ -1,0 +1,117 @@
+"""Ways to compute the experts: which one is taken, and that it works without jit, whatever is differentiated."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from oss_model import InputError, MLPBlock, moe
+from oss_model.lora import _add
+
+WRT = {
+    "LoRA of the experts": nnx.LoRAParam,
+    "router": lambda path, _: path[0] == "router",
+    "down.weight": lambda path, _: path == ("down", "weight"),
+}
+FEW, MANY = 2, 15  # tokens: with 4 experts each, fewer and more than the 9 experts
+
+
+@pytest.fixture(scope="module")
+def block(cfg) -> MLPBlock:
+    """With LoRA parameters that do something."""
+    block = MLPBlock(dataclasses.replace(cfg, param_dtype="float32"), 0, rngs=nnx.Rngs(0))
+    for module in (block.gate_up, block.down):
+        _add(module, cfg, 3, 6, nnx.Rngs(1))
+        module.lora_b.set_value(module.lora_b[...] + 0.02)
+    return block
+
+
+def stream(tokens: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, 96), np.float32))
+
+
+def by(block: MLPBlock, path: str) -> MLPBlock:
+    """The same block, its experts computed by this path."""
+    block = nnx.merge(*nnx.split(block))
+    block.cfg = dataclasses.replace(block.cfg, expert_path=path)
+    return block
+
+
+def squares(block: MLPBlock, x: jax.Array) -> jax.Array:
+    return (block(x) ** 2).mean()
+
+
+@pytest.fixture(scope="module")
+def jitted(block) -> dict[int, dict]:
+    """Tokens -> every gradient, by path."""
+    gradient = nnx.jit(nnx.grad(squares, argnums=nnx.DiffState(0, (nnx.Param, nnx.LoRAParam))))
+    return {tokens: dict(nnx.to_flat_state(gradient(block, stream(tokens)))) for tokens in (FEW, MANY)}
+
+
+@pytest.mark.parametrize(("wrt", "tokens"), [*((wrt, MANY) for wrt in WRT), ("down.weight", FEW)])
+def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
+    eager = nnx.grad(squares, argnums=nnx.DiffState(0, WRT[wrt]))(block, stream(tokens))
+    found = nnx.to_flat_state(eager)
+    assert len(found) == {"LoRA of the experts": 4, "router": 2, "down.weight": 1}[wrt]
+    for path, got in found:
+        want = jitted[tokens][path].get_value()
+        assert float(jnp.abs(want).max()) > 0
+        np.testing.assert_allclose(got.get_value(), want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(("platform", "tokens", "path"), [("cpu", FEW, "pairs"), ("cpu", MANY, "scan"), ("gpu", MANY, "ragged")])
+def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tokens, path):
+    """The same in eager code, under jit, and under grad with respect to a part of the parameters."""
+    taken: list[str] = []
+
+    def noted(name, compute):
+        return lambda *args: taken.append(name) or compute(*args)
+
+    monkeypatch.setattr(moe, "PATHS", {name: noted(name, compute) for name, compute in moe.PATHS.items()})
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = stream(tokens)
+    for call in (squares, nnx.jit(squares), nnx.grad(squares, argnums=nnx.DiffState(0, WRT["down.weight"]))):
+        call(block, x)
+    assert taken == [path] * 3
+
+
+def test_without_jit_the_experts_are_traced_once(block, monkeypatch):
+    """Otherwise every eager call would compile the loop over experts anew."""
+    traces = []
+    swiglu = moe.swiglu
+    monkeypatch.setattr(moe, "swiglu", lambda *args: traces.append(args) or swiglu(*args))
+    for path in ("scan", "pairs", "ragged"):
+        module, x = by(block, path), stream(13)
+        module(x)
+        first = len(traces)
+        assert first > 0
+        module(x + 1)
+        assert len(traces) == first, path
+        traces.clear()
+
+
+def test_the_loop_computes_what_the_others_do(block):
+    x = stream(MANY)
+    np.testing.assert_allclose(by(block, "loop")(x), by(block, "scan")(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["jit", *WRT, "stream", "mesh"])
+def test_the_loop_over_experts_is_refused_where_values_are_not_at_hand(block, what):
+    module, x = by(block, "loop"), stream(MANY)
+    if what == "mesh":
+        mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
+        module.down.bias.set_value(jax.device_put(module.down.bias[...], NamedSharding(mesh, PartitionSpec())))
+        call = squares
+    elif what == "stream":
+        call = nnx.grad(squares, argnums=1)
+    else:
+        call = nnx.jit(squares) if what == "jit" else nnx.grad(squares, argnums=nnx.DiffState(0, WRT[what]))
+    fault = "expert_path: expected values on one device for 'loop', found some that are traced (jit, grad) or on several"
+    with pytest.raises(InputError, match=re.escape(fault)) as caught:
+        call(module, x)
+    assert len(str(caught.value).splitlines()) == 1
