@@ -62,7 +62,7 @@ def init_cache(cfg: ModelConfig, batch: int, size: int, dtype: Any = None) -> Ca
       cfg: the model.
       batch: rows.
       size: the largest number of positions, prompt and generated together. Sliding layers keep `cfg.sliding_window`
-        of them at most. Positions from `size` on would overwrite the first ones: the caller keeps below it.
+        of them at most. A query at a position from `size` on gives NaN, and is not stored.
       dtype: of keys and values; `cfg.dtype` if None.
     """
     dtype = cfg.dtype if dtype is None else dtype
@@ -73,6 +73,13 @@ def init_cache(cfg: ModelConfig, batch: int, size: int, dtype: Any = None) -> Ca
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), EMPTY, jnp.int32))
 
     return tuple(layer(kind) for kind in cfg.layer_types)
+
+
+def capacity(cache: Cache, cfg: ModelConfig) -> int | None:
+    """How many positions it has room for; None where all layers are sliding ones that keep a whole window: any number."""
+    slots = [layer.positions.shape[1] for layer in cache]
+    kinds = zip(slots, cfg.layer_types, strict=True)
+    return min((count for count, kind in kinds if kind != SLIDING or count < cfg.sliding_window), default=None)
 
 
 def next_positions(cache: Cache, length: int) -> Int[Array, "b l"]:

@@ -36,7 +36,7 @@ def generate(
 
     Args:
       model: the model.
-      prompts: token ids, a list a row, of any lengths.
+      prompts: token ids, a list a row, of any lengths; with `max_new_tokens` at most `cfg.max_position_embeddings`.
       max_new_tokens: at most so many a row. A row also ends after a token of `eos`, which is returned with it.
       eos: the tokens that end a row (`eos_tokens` reads them from a checkpoint).
       temperature: 0 takes the likeliest token every time.
@@ -88,6 +88,12 @@ def _faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> l
     outside = [token for row in prompts for token in row if not 0 <= token < vocabulary]
     if outside:
         faults.append(f"prompts: expected token ids from 0 to {vocabulary - 1}, found {outside[0]}")
+    limit, longest = model.cfg.max_position_embeddings, max(map(len, prompts), default=0)
+    if longest + max_new_tokens > limit:
+        faults.append(
+            f"prompts: expected at most {limit} positions (max_position_embeddings), found {longest} of the longest prompt and"
+            f" {max_new_tokens} new ones: shorten it, or ask for fewer"
+        )
     for name, value, good, expected in [
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("temperature", temperature, temperature >= 0, "0 or more"),

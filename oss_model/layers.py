@@ -66,8 +66,9 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype(cfg)))
 
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
-        """A token outside the vocabulary gives NaN rather than somebody else's embedding."""
-        return constrain("blh", jnp.take(self.weight[...], tokens, axis=0, mode="fill").astype(self.dtype))
+        """A token outside the vocabulary, a negative one too, gives NaN rather than somebody else's embedding."""
+        rows = self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+        return constrain("blh", rows.astype(self.dtype))
 
 
 class RMSNorm(nnx.Module):

@@ -15,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oss_model import sharding
-from oss_model.cache import Cache, LayerCache, next_positions
+from oss_model.cache import EMPTY, Cache, LayerCache, capacity, next_positions
 from oss_model.config import SLIDING, ModelConfig
+from oss_model.errors import InputError
 from oss_model.layers import (
     Embedding,
     Linear,
@@ -103,7 +104,7 @@ def called(module: Callable, again: bool) -> Callable:
 
 
 class Transformer(nnx.Module):
-    """gpt-oss: `logits = model(tokens)`.
+    """gpt-oss: `logits = model(tokens)`. A token id outside the vocabulary makes all logits of its row NaN.
 
     Made with `rngs`, its parameters are random; `params.create_model_from_checkpoint` makes a trained one.
     """
@@ -127,7 +128,11 @@ class Transformer(nnx.Module):
           tokens: int32 [batch, length].
           positions: int32 [batch, length]; if not given 0, 1, 2, …, or on from where the cache ends. A negative
             position marks padding, on either side or in between.
-          cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time.
+          cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time. Positions that
+            it has no room for give NaN, and are not stored.
+
+        Raises:
+          InputError: if no positions are given and there are more tokens than the cache has room for.
         """
         x, after = self.stream(tokens, positions, cache)
         return self.unembed(x) if after is None else (self.unembed(x), after)
@@ -136,15 +141,26 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "b l h"], Cache | None]:
         """The residual stream after the last block: `unembed` those places alone whose logits are wanted."""
+        room = None if cache is None else capacity(cache, self.cfg)
         if positions is None:
+            if room is not None and tokens.shape[1] > room:
+                raise InputError(
+                    f"cache: expected at most {room} tokens, as many as it was made for, found {tokens.shape[1]};"
+                    " init_cache with a larger size"
+                )
             ahead = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
             positions = ahead if cache is None else next_positions(cache, tokens.shape[1])
+        beyond = None if room is None else positions >= room
+        if beyond is not None:
+            positions = jnp.where(beyond, EMPTY, positions)
         x, rope = self.embed(tokens), self.rope(positions)
         after = []
         for n, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache[n]
             x, layer_cache = called(block, self.cfg.remat == "block")(x, positions, rope, layer_cache)
             after.append(layer_cache)
+        if beyond is not None:
+            x = jnp.where(beyond[..., None], jnp.nan, x)
         return x, None if cache is None else tuple(after)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oss_model import create_model_from_checkpoint, init_cache
-from oss_model.cache import LayerCache, next_positions
+from oss_model import InputError, create_model_from_checkpoint, init_cache
+from oss_model.cache import LayerCache, capacity, next_positions
 from oss_model.synthetic import write_checkpoint
 
 # Same sums in other shapes: noise of float32, relative to the largest logit.
@@ -106,3 +106,38 @@ def test_a_ring_keeps_the_newest_by_hand():
     padded = ring.store(new[:, :1], new[:, :1], jnp.full((3, 1), -1, jnp.int32))
     np.testing.assert_array_equal(padded.positions, ring.positions)
     np.testing.assert_array_equal(next_positions((ring,), 2), [[5, 6], [4, 5], [2, 3]])
+
+
+def test_a_piece_longer_than_the_cache_is_refused(model, cfg, prompt):
+    fault = "cache: expected at most 8 tokens, as many as it was made for, found 12; init_cache with a larger size"
+    for run in (step, lambda *inputs: model(*inputs[1:])):
+        with pytest.raises(InputError) as caught:
+            run(model, prompt[:, :12], None, init_cache(cfg, 2, 8))
+        assert caught.value.faults == [fault]
+
+
+@pytest.mark.parametrize("run", [step, lambda model, *inputs: model(*inputs)], ids=["jit", "eager"])
+def test_what_a_cache_has_no_place_for_is_nan_and_not_stored(run, model, cfg, prompt, want):
+    """Full at 20: from there on every query gives NaN, in its row alone, and position 0 stays where it is."""
+    positions = np.array([np.r_[:12], np.r_[[-1] * 4, :8]], np.int32)
+    tokens = prompt[[[0], [1]], positions]
+    _, cache = run(model, tokens, positions, init_cache(cfg, 2, 20))
+    positions = np.array([np.r_[12:24], np.r_[8:20]], np.int32)
+    logits, cache = run(model, prompt[[[0], [1]], positions], None, cache)
+    assert np.isnan(logits[0, 8:]).all()
+    bound = SAME * np.abs(want).max()
+    np.testing.assert_allclose(logits[0, :8], want[0, 12:20], atol=bound, rtol=0)
+    np.testing.assert_allclose(logits[1], want[1, 8:20], atol=bound, rtol=0)
+    for layer in cache:
+        assert sorted(layer.positions[0].tolist()) == list(range(20))[-layer.positions.shape[1] :]
+        assert np.isfinite(layer.keys).all()
+    logits, again = run(model, prompt[:, :1], None, cache)
+    assert np.isnan(logits).all()
+    np.testing.assert_array_equal(again[1].positions, cache[1].positions)
+
+
+def test_sliding_layers_alone_have_room_for_ever_if_they_hold_their_window(cfg):
+    assert capacity(init_cache(cfg, 1, 100), cfg) == 100
+    sliding = dataclasses.replace(cfg, layer_types=("sliding_attention",) * 2)
+    assert capacity(init_cache(sliding, 1, 100), sliding) is None
+    assert capacity(init_cache(sliding, 1, 10), sliding) == 10

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oss_model import InputError, create_model_from_checkpoint, eos_tokens, generate
-from oss_model.generation import _choose
+from oss_model.generation import _choose, _faults
 
 PROMPTS = [[7, 301, 44, 9, 250, 13, 2, 91, 433, 120, 18, 77, 203, 64, 5], [400, 3], list(range(20, 60))]
 
@@ -106,3 +106,13 @@ def test_every_bad_argument_is_named(model):
     ]
     with pytest.raises(InputError, match="prompts: expected token ids from 0 to 508, found 509"):
         generate(model, [[1, 509]], 1)
+
+
+def test_more_positions_than_the_model_was_made_for_are_refused(model):
+    with pytest.raises(InputError) as caught:
+        generate(model, [[1], [1] * 4090], 7)
+    assert caught.value.faults == [
+        "prompts: expected at most 4096 positions (max_position_embeddings), found 4090 of the longest prompt and 7 new ones:"
+        " shorten it, or ask for fewer"
+    ]
+    assert not _faults(model, [[1], [1] * 4090], 6, 0, None, None, None)

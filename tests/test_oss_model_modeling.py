@@ -69,8 +69,9 @@ def test_float32_logits_equal_transformers(sources, cfg, prompt, want, layout, p
 
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "mxfp4"])
 def test_without_jit_the_loop_over_experts_gives_the_same_logits(sources, cfg, prompt, want, param_dtype):
-    """What "auto" takes on a CPU where values are at hand; packed experts are decoded one at a time."""
-    model = create_model_from_checkpoint(sources["hf"], dataclasses.replace(cfg, param_dtype=param_dtype))
+    """As the parity candidate runs; packed experts are decoded one at a time."""
+    held = dataclasses.replace(cfg, param_dtype=param_dtype, expert_path="loop")
+    model = create_model_from_checkpoint(sources["hf"], held)
     assert_same_logits(model(jnp.asarray(prompt)), want)
 
 
@@ -150,9 +151,17 @@ def test_padding_on_the_left_changes_nothing(model, prompt):
 
 
 def test_a_token_outside_the_vocabulary_is_not_somebody_elses_embedding(model):
-    embedded = np.asarray(model.embed(jnp.asarray([[1, 509]], jnp.int32)))
+    embedded = np.asarray(model.embed(jnp.asarray([[1, 509], [-1, -509]], jnp.int32)))
     assert np.isfinite(embedded[0, 0]).all()
-    assert np.isnan(embedded[0, 1]).all()
+    assert np.isnan(embedded[[0, 1, 1], [1, 0, 1]]).all()
+
+
+def test_a_token_outside_the_vocabulary_makes_its_row_nan(model, prompt):
+    tokens = prompt.copy()
+    tokens[0, 25] = -1
+    logits = np.asarray(forward(model, tokens))
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
 
 
 def test_split_merge_and_eval_shape(cfg):
