@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from oss_model.errors import raise_all
+from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity.diagnosis import Diagnosis
@@ -68,14 +68,16 @@ def compare(
       seed: of the random prompt.
       prompt: to use in place of a random one.
       dtype: "bfloat16" adds the precision arm and a free run in bfloat16; what is judged otherwise is always float32.
-      gradients: also compare every parameter's gradient, of models that fit in memory whole.
+      gradients: also compare every parameter's gradient on the longest row of the prompt, of models that fit in memory
+        whole.
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       max_memory: resident bytes, all in, that it may take at the most.
       progress: called with (layers done, layers in all, what is being done).
 
     Raises:
-      InputError: if either cannot be read, if `max_memory` is too little, or not known to be enough.
+      InputError: if either cannot be read, if `max_memory` is too little, or not known to be enough, if gradients are
+        asked for of a prompt without a next token.
     """
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
@@ -96,6 +98,12 @@ def compare(
         prompt = oracle.prompt if prompt is None and tokens is None else prompt
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
+    longest = int(prompt.valid.sum(axis=1).max())
+    if gradients and longest < 2:
+        raise InputError(
+            f"--gradients: expected a prompt of at least 2 tokens, since the loss is that of the next one, found {longest};"
+            " use --tokens 2 or more, or a longer prompt"
+        )
     if max_memory is not None:
         check_memory(port, prompt.tokens.shape, max_memory, gradients)
     if gradients and isinstance(port, SupportsGradients):
@@ -104,7 +112,6 @@ def compare(
     if record is not None:
         described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
         watched = recorder = Recorder(oracle, record, prompt, described)
-    longest = int(prompt.valid.sum(axis=1).max())
     report = Report(str(source), str(checkpoint), _title(oracle), longest, seed, layers, dtype)
     if dtype == "bfloat16" and not layers:
         report.lacks("precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16")
@@ -115,7 +122,8 @@ def compare(
         )
     _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress).whole()
     if gradients and report.free_run is not None:
-        _gradients(oracle, port, report, prompt.tokens[:1, : int(prompt.valid[0].sum())])
+        row = int(prompt.valid.sum(axis=1).argmax())
+        _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
     if recorder is not None:
         recorder.finish()
     report.seconds = time.monotonic() - start

@@ -96,8 +96,8 @@ class Judge:
     def _spread(self, got: np.ndarray, want: np.ndarray) -> float:
         """Relative L2 of all tokens together."""
         rows = self.prompt.valid.reshape(-1)
-        got, want = (a.reshape(len(rows), -1)[rows].astype(np.float64) for a in (got, want))
-        return float(metrics.finite(np.asarray(np.linalg.norm(got - want) / np.linalg.norm(want))))
+        got, want = (a.reshape(len(rows), -1)[rows] for a in (got, want))
+        return min(metrics.rel_l2(got, want), metrics.WORST)
 
     def _flips(self, *routing: np.ndarray) -> list[dict[str, Any]]:
         return [flip for flip in metrics.flips(*routing) if self.prompt.valid.reshape(-1)[flip["token"]]]

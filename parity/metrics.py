@@ -1,5 +1,6 @@
 """The numbers parity is judged by, and the bounds they are held to. NumPy only."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,16 @@ def finite(numbers: np.ndarray) -> np.ndarray:
     return np.nan_to_num(numbers, nan=WORST, posinf=WORST, neginf=WORST)
 
 
+def rel_l2(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative L2 error of an array. Both zero are equal: 0. Where it is no number, or only `want` is zero: infinity."""
+    a, b = got.reshape(-1).astype(np.float64), want.reshape(-1).astype(np.float64)
+    error = float(np.linalg.norm(a - b))
+    if error == 0:
+        return 0.0
+    size = float(np.linalg.norm(b))
+    return error / size if size > 0 and math.isfinite(error / size) else math.inf
+
+
 def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     """Relative L2 error of each token.
 
@@ -43,13 +54,10 @@ def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
       float64 [batch, length]. NaN or infinity anywhere in a token of `got` gives infinity.
     """
     batch = got.shape[:2]
-    error, size = np.empty(batch), np.empty(batch)
+    relative = np.empty(batch)
     for token in np.ndindex(batch):  # one at a time: all logits of a long prompt are gigabytes in float64
-        a, b = got[token].reshape(-1).astype(np.float64), want[token].reshape(-1).astype(np.float64)
-        error[token], size[token] = np.linalg.norm(a - b), np.linalg.norm(b)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(error == 0, 0.0, error / size)
-    return np.where(np.isfinite(relative), relative, np.inf)
+        relative[token] = rel_l2(got[token], want[token])
+    return relative
 
 
 def error_ratio(port: float, reference: float) -> float:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from oss_model import InputError
-from parity import compare
+from parity import compare, metrics
+from parity.gradients import compare_gradients
+from parity.prompts import Prompt
 from parity.sides import Arrays, Expected, Sizes
 
 HIDDEN, EXPERTS, K, VOCAB, LAYERS, WINDOW = 12, 7, 2, 17, 4, 3
@@ -215,6 +217,48 @@ def test_a_gradient_of_another_shape_fails():
     report = judged(wrong(None, "d layers.1.q", lambda value: value[:1]), gradients=True)
     assert [one["name"] for one in report.gradients if one["verdict"] == "fail"] == ["layers.1.q"]
     json.loads(report.to_json())
+
+
+def test_gradients_that_are_zero_on_both_sides_are_equal():
+    """Of an expert that no token goes to, or of the router with one expert a token."""
+    zero, some = np.zeros((2, 3), np.float32), np.full((2, 3), 1e-30, np.float32)
+    want, got = {"idle": zero, "appeared": zero, "vanished": some}, {"idle": zero, "appeared": some, "vanished": zero}
+    found = {one["name"]: (one["relative_l2"], one["verdict"]) for one in compare_gradients(want, got, want)}
+    assert found == {"idle": (0.0, "ok"), "appeared": (metrics.WORST, "fail"), "vanished": (1.0, "fail")}
+
+
+def test_a_tap_that_is_zero_on_both_sides_is_exact_in_every_dtype():
+    idle = parameters() | {f"layers.{n}.experts": np.zeros((EXPERTS, HIDDEN, HIDDEN), np.float32) for n in range(LAYERS)}
+    report = compare(Whole(values=idle), Whole(values=idle, reordered=True), tokens=TOKENS, dtype="bfloat16")
+    assert report.verdict == "pass"
+    assert {tap.port_over_reference for tap in report.taps if tap.tap == "mlp_out"} == {1.0}
+
+
+def prompt_of(*lengths: int) -> Prompt:
+    valid = np.arange(max(lengths))[None] < np.array(lengths)[:, None]
+    return Prompt(np.random.default_rng(0).integers(0, VOCAB, valid.shape), valid)
+
+
+@pytest.mark.parametrize("asked", [{"tokens": 1}, {"prompt": prompt_of(1, 1)}])
+def test_gradients_of_a_prompt_without_a_next_token_are_refused_before_anything_runs(asked, tmp_path):
+    with pytest.raises(InputError) as e:
+        compare(ORACLE, None, gradients=True, record=tmp_path / "recording", **asked)  # no port: nothing may be asked of it
+    assert e.value.faults == [
+        "--gradients: expected a prompt of at least 2 tokens, since the loss is that of the next one, found 1;"
+        " use --tokens 2 or more, or a longer prompt"
+    ]
+    assert not (tmp_path / "recording").exists()
+
+
+def test_gradients_are_of_the_longest_row(monkeypatch):
+    asked, right = [], Whole.gradients
+    monkeypatch.setattr(Whole, "gradients", lambda self, tokens, *rest: (asked.append(tokens), right(self, tokens, *rest))[1])
+    prompt = prompt_of(1, 9, 4)
+    report = compare(ORACLE, Whole(reordered=True), prompt=prompt, gradients=True)
+    assert (report.verdict, len(report.gradients)) == ("pass", len(ORACLE.values))
+    assert len(asked) == 2
+    for tokens in asked:
+        np.testing.assert_array_equal(tokens, prompt.tokens[1:2])
 
 
 def test_memory_is_not_promised_for_a_port_that_does_not_say_what_it_takes():

@@ -33,6 +33,12 @@ def test_a_seed_below_zero_is_refused(pair):
     assert run(*pair, "--seed", "-1") == (2, [f"error: {problem}"])
 
 
+def test_gradients_of_one_token_are_refused(pair):
+    problem = "expected a prompt of at least 2 tokens, since the loss is that of the next one, found 1"
+    advice = "use --tokens 2 or more, or a longer prompt"
+    assert run(*pair, "--gradients", "--tokens", 1) == (2, [f"error: --gradients: {problem}; {advice}"])
+
+
 def test_a_report_whose_directory_vanishes_is_a_line_and_2(pair, tmp_path, monkeypatch):
     class Report:
         exit_code = 0

@@ -245,6 +245,16 @@ def test_gradients_of_every_parameter(sources, checkpoints, dtype):
     assert max(gradient["relative_l2"] for gradient in report.gradients) < metrics.GRADIENT_GATE / 3
 
 
+def test_gradients_of_a_router_that_chooses_one_expert_are_zero(tmp_path, cfg):
+    """One expert a token has weight 1 whatever the router says: nothing flows through it, on either side."""
+    one = dataclasses.replace(cfg, num_hidden_layers=1, layer_types=(), num_experts_per_tok=1)
+    convert(write_checkpoint(tmp_path / "source", one), tmp_path / "checkpoint")
+    report = compare(tmp_path / "source", tmp_path / "checkpoint", layers=False, gradients=True)
+    assert report.verdict == "pass"
+    router = [gradient["relative_l2"] for gradient in report.gradients if "router" in gradient["name"]]
+    assert router == [0.0, 0.0]
+
+
 def test_a_gradient_that_does_not_flow_is_found(monkeypatch, sources, checkpoints):
     """Right forward, wrong backward: nothing flows through the router's weights."""
     monkeypatch.setattr(modeling, "weigh", lambda logits, choice: moe.weigh(jax.lax.stop_gradient(logits), choice))
