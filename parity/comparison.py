@@ -20,7 +20,7 @@ from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity.diagnosis import Diagnosis
-from parity.judge import Judge
+from parity.judge import ROUTING, Judge
 from parity.memory import check_free_memory, check_memory
 from parity.prompts import Prompt, random_prompt
 from parity.recording import Recorder, Recording
@@ -242,13 +242,16 @@ class _Run:
             if self.precision:
                 self.judge.precision(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
         free = layer.run(streams.own)
-        if not self.shows("free run", free, "router_logits", "expert_choice", "layer_out"):
+        if not self.shows("free run", free, *ROUTING, "layer_out"):
             return None
-        if streams.replayed is streams.own and np.array_equal(free["expert_choice"], taps["expert_choice"]):
-            replay = free  # no expert has flipped so far: with the reference's routing it is the same run
+        together = streams.replayed is streams.own  # no expert has flipped so far
+        if together and np.array_equal(free["expert_choice"], taps["expert_choice"]):
+            replay = free  # with the reference's routing it is the same run
         else:
             replay = layer.run(streams.replayed, routing)
-        self.judge.flips(n, taps, free)
+            if not self.shows("free run", replay, *ROUTING, "layer_out"):
+                return None
+        self.judge.flips(n, taps, free if together else replay, free)
         self.judge.growth(n, taps["layer_out"], {"replayed": replay["layer_out"], "own": free["layer_out"]})
         if self.decode:
             self.decoded(n, layer, streams.replayed, taps, replay)

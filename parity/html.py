@@ -39,7 +39,7 @@ def render(report: Report) -> str:
         runs=_runs(report),
         growth=_growth(report),
         strip=_strip(report.token_kl),
-        flips=sorted(report.flips, key=lambda flip: flip["explained"]),
+        flips=_flips(report),
         ratios=_ratios(report.taps),
         ratio_warn=metrics.PRECISION_WARN,
         ratio_fail=metrics.PRECISION_FAIL,
@@ -95,16 +95,32 @@ def _first(report: Report) -> dict[str, Any] | None:
         }
     failed = next((tap for tap in report.taps if tap.verdict == "fail"), None)
     if failed is None:
-        return found | {"note": "the free run's logits; no component, fed the reference's own input, fails by itself"}
+        return found | {"note": _why(report, where["tap"])}
     return found | {"worst": failed.worst_token_rel_l2, "over": failed.worst_token_rel_l2 / _gate(failed), "note": failed.note}
+
+
+def _why(report: Report, tap: str) -> str:
+    """What is wrong there, where no component that is fed the reference's own input is."""
+    if tap == "gradients":
+        return "gradients are computed from the last layer back, so what lies before it gets wrong ones from here"
+    if tap == "expert_choice":
+        return (
+            "a token chose other experts here, which no near-tie explains, although every choice before it was the reference's"
+        )
+    if report.free_run is not None and report.free_run["verdict"] == "fail":
+        parts = "; no component, fed the reference's own input, fails by itself" if report.layers else ""
+        return f"here the whole model, on its own states, parts from the reference most{parts}"
+    return "right in float32, but here less precise than the reference in the same dtype"
 
 
 def _also(report: Report) -> list[str]:
     """What else is wrong or worth a warning, of what no first divergence speaks of."""
     found = []
-    if unexplained := sum(not flip["explained"] for flip in report.flips):
-        found.append(f"Expert flips not explained: {unexplained} of {len(report.flips)}.")
-    if wrong := [gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"]:
+    if unexplained := sum(not flip["explained"] for flip in report.judged_flips):
+        found.append(
+            f"Expert flips not explained, the reference's routing replayed: {unexplained} of {len(report.judged_flips)}."
+        )
+    if wrong := [gradient["name"] for gradient in report.wrong_gradients]:
         names = f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''}"
         found.append(f"Gradients beyond their bound: {len(wrong)} of {len(report.gradients)}: {names}.")
     elif report.gradients:
@@ -125,7 +141,7 @@ def _cell(report: Report, tap: TapResult) -> dict[str, Any]:
     """`at`: place on its side of the colour scale in percent, from the quiet end below the gate, from the gate above."""
     decades = math.log10(max(tap.worst_token_rel_l2, 1e-300) / _gate(tap))
     share = decades / _ABOVE if tap.verdict == "fail" else 1 + decades / _BELOW
-    first = {"layer": tap.layer, "tap": tap.tap} == report.first_divergence
+    first = tap.verdict == "fail" and {"layer": tap.layer, "tap": tap.tap} == report.first_divergence
     return {"tap": tap, "at": round(100 * min(max(share, 0), 1)), "first": first}
 
 
@@ -224,6 +240,19 @@ def _runs(report: Report) -> list[dict[str, Any]]:
         if isinstance(run, dict)
     ]
     return [{"name": "routing replayed"} | report.free_run, *(run for run in beside if "kl_mean" in run)]
+
+
+def _flips(report: Report) -> list[dict[str, Any]]:
+    """Judged ones first, and of each kind those that are not explained; `why` says what explains one."""
+    found = []
+    for judged, flips in ((True, report.judged_flips), (False, report.flips)):
+        for flip in sorted(flips, key=lambda flip: flip["explained"]):
+            why, follows = "near-tie" if flip["explained"] else "", flip.get("follows")
+            if follows is not None:
+                other = "" if follows["token"] == flip["token"] else f" of token {follows['token']}"
+                why = f"follows from layer {follows['layer']}{other}"
+            found.append(flip | {"judged": judged, "why": why})
+    return found
 
 
 def _ratios(taps: Iterable[TapResult]) -> list[dict[str, Any]]:

@@ -10,12 +10,15 @@ from parity.prompts import Prompt
 from parity.report import Report, TapResult
 from parity.sides import Arrays
 
+ROUTING = ("router_logits", "expert_choice")
+
 
 class Judge:
     """Fills `report`. Padding of `prompt` is left out of every number."""
 
     def __init__(self, prompt: Prompt, report: Report):
         self.prompt, self.report = prompt, report
+        self._parted: dict[int, int] = {}  # token -> the first layer that it flipped in, on the port's own stream
 
     def tap(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
         """A tap of the port against the reference's, [batch * copies, length, ...] or [batch * length, ...] both."""
@@ -64,10 +67,44 @@ class Judge:
             self.report.lacks(f"precision: asked for bfloat16, the port computed in {computed.dtype}: it was not judged")
         return right
 
-    def flips(self, layer: int, taps: Arrays, free: Arrays) -> None:
-        if free["expert_choice"].shape == taps["expert_choice"].shape:
-            routing = (side[tap] for side in (taps, free) for tap in ("router_logits", "expert_choice"))
-            self.report.flips += [{"layer": layer} | flip for flip in self._flips(*routing)]
+    def flips(self, layer: int, taps: Arrays, replayed: Arrays, own: Arrays) -> None:
+        """Tokens that the port sends to other experts than the reference does, in the free run.
+
+        Judged is the choice made on the stream in which every earlier choice was the reference's: there the router's
+        input is off by noise alone, and a flip is a near-tie or a fault. On the stream of the port's own choices a flip
+        changes all that comes after it: those flips are told, each with what it follows from, and not judged.
+        """
+        sides = replayed, own
+        wrong = [(tap, side[tap]) for side in sides for tap in ROUTING if side[tap].size != taps[tap].size]
+        if wrong:
+            name, got = wrong[0]
+            if not any((tap.layer, tap.tap, tap.verdict) == (layer, name, "fail") for tap in self.report.taps):
+                self.tap(layer, name, got, taps[name])
+            return
+        want = [taps[tap] for tap in ROUTING]
+        judged, told = (self._flips(*want, *(side[tap].reshape(taps[tap].shape) for tap in ROUTING)) for side in sides)
+        twins = {flip["token"]: flip for flip in judged}
+        for flip in told:
+            twin = twins.get(flip["token"], flip)
+            if twin is not flip and (twin["lost"], twin["took"]) == (flip["lost"], flip["took"]):
+                flip.update(explained=twin["explained"], follows=None)  # it flips whatever came before
+            else:
+                follows = self._origin(flip["token"])
+                flip.update(explained=flip["explained"] or follows is not None, follows=follows)
+        self.report.judged_flips += [{"layer": layer} | flip for flip in judged]
+        self.report.flips += [{"layer": layer} | flip for flip in told]
+        for flip in told:
+            self._parted.setdefault(flip["token"], layer)
+
+    def _origin(self, token: int) -> dict[str, int] | None:
+        """The flip that another one follows from: the token's own first, else that of the nearest token before it."""
+        if token not in self._parted:
+            start = token - token % self.prompt.tokens.shape[1]  # of the token's row
+            before = [other for other in self._parted if start <= other < token]
+            if not before:
+                return None
+            token = max(before)
+        return {"layer": self._parted[token], "token": token}
 
     def growth(self, layer: int, want: np.ndarray, got: dict[str, np.ndarray]) -> None:
         """How far the free run's streams have come from the reference's after a layer."""

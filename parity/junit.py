@@ -23,17 +23,16 @@ def render(report: Report) -> str:
     for tap in report.taps:
         _tap(suite, tap)
     _free_run(suite, report)
-    unexplained = [flip for flip in report.flips if not flip["explained"]]
+    unexplained = [flip for flip in report.judged_flips if not flip["explained"]]
     flips = _case(suite, "check-parity", "expert flips")
     if unexplained:
-        _outcome(
-            flips, "failure", f"not explained: {len(unexplained)} of {len(report.flips)} expert flips", map(str, unexplained)
-        )
+        message = f"not explained: {len(unexplained)} of {len(report.judged_flips)} expert flips, routing replayed"
+        _outcome(flips, "failure", message, map(str, unexplained))
     if report.precision is not None:
         _precision(suite, report)
     if report.gradients:
         case = _case(suite, "check-parity", "gradients")
-        wrong = [f"{one['name']}: {one['relative_l2']:.3e}" for one in report.gradients if one["verdict"] == "fail"]
+        wrong = [f"{one['name']}: {one['relative_l2']:.3e}" for one in report.wrong_gradients]
         if wrong:
             _outcome(case, "failure", f"beyond their bound: {len(wrong)} of {len(report.gradients)} gradients", wrong)
     complete = _case(suite, "check-parity", "complete")

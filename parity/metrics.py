@@ -9,8 +9,9 @@ import numpy as np
 # less over 84 checks, and 33 of 34 injected faults 5.7e-3 or more (the other is numerically equivalent).
 SEMANTICS_GATE = 1e-4
 # Whole-model float32 logits, max |difference| over max |logit|, the reference's routing replayed: ten times the
-# worst of 16 seeds over 4 to 24 layers (5e-6). Routing, wiring and scale faults are five orders above it.
+# worst of 16 seeds over 4 to 24 layers (5e-6). Routing and scale faults, and wrong wiring of a block, are five orders above it.
 FREE_RUN_GATE = 5e-5
+FREE_RUN_NOISE = 5e-6  # that worst
 # cos and sin, |difference| over (1 + angle). The frequencies come out of pow, which libraries round differently in
 # the last two places (2.4e-7), each side rounds the angle (1.2e-7), and YaRN's concentration multiplies (1.35).
 ROPE_GATE = 1e-6
@@ -111,7 +112,7 @@ def flips(
         lost = sorted(set(want_choice[token].tolist()) - set(got_choice[token].tolist()))
         took = sorted(set(got_choice[token].tolist()) - set(want_choice[token].tolist()))
         logits = want_logits[token].astype(np.float64)
-        margin = float(max(logits[lost]) - min(logits[took])) if lost and took else float("inf")
+        margin = float(max(logits[lost]) - min(logits[took])) if lost and took else WORST
         noise = float(np.abs(got_logits[token].astype(np.float64) - logits).max())
         noise = min(noise, FLIP_NOISE * float(np.abs(logits).max()))
         found.append(

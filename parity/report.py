@@ -3,11 +3,24 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from oss_model.taps import LAYER_TAPS
-from parity.metrics import PRECISION_FAIL, PRECISION_WARN
+from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN
+
+
+def layer_of(name: str) -> int | None:
+    """Of a parameter; None outside the layers."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+def _depth(name: str) -> float:
+    """Where in the forward pass a parameter is used: before the layers, in one, or after them."""
+    layer = layer_of(name)
+    return layer if layer is not None else -1 if name.startswith("embedding.") else math.inf
+
 
 EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
 
@@ -21,7 +34,7 @@ class Weight:
 
     @property
     def layer(self) -> int | None:
-        return int(self.name.split(".")[1]) if self.name.startswith("layers.") else None
+        return layer_of(self.name)
 
 
 @dataclasses.dataclass
@@ -57,7 +70,10 @@ class Report:
     # of the residual stream after each layer of the free run, relative L2
     token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
     gradients: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "relative_l2", "verdict"}
-    flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    judged_flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "token", "lost", "took",
+    # "margin", "explained"}: of the free run with the reference's routing replayed; one that is not explained fails
+    flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # with its own routing, told and not judged:
+    # the same keys, and "follows": None, or {"layer", "token"} of the earlier flip that explains it
     diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after", ...}: what explains it
     pattern: str = ""  # of the first divergence: which heads, experts, channels
     tried: int = 0  # known mistakes that were tried on it
@@ -68,12 +84,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        bad_weights = any(weight.note for weight in self.weights)
-        bad_taps = any(tap.verdict == "fail" for tap in self.taps)
-        bad_run = self.free_run is not None and self.free_run["verdict"] == "fail"
-        bad_flips = any(not flip["explained"] for flip in self.flips)
-        bad_gradients = any(gradient["verdict"] == "fail" for gradient in self.gradients)
-        if bad_weights or bad_taps or bad_run or bad_flips or bad_gradients or self.precision == "fail":
+        if self.first_divergence is not None:
             return "fail"
         return "incomplete" if self.incomplete or any(tap.verdict == "incomplete" for tap in self.taps) else "pass"
 
@@ -91,16 +102,35 @@ class Report:
 
     @property
     def first_divergence(self) -> dict[str, Any] | None:
-        """Where it first goes wrong: of the semantics arm, else of the weights, else at the logits of the free run."""
-        for tap in self.taps:
-            if tap.verdict == "fail":
-                return {"layer": tap.layer, "tap": tap.tap}
-        for weight in self.weights:
-            if weight.note:
-                return {"layer": weight.layer, "tap": "weights"}
-        if self.free_run is not None and self.free_run["verdict"] == "fail":
-            return {"layer": None, "tap": "logits"}
-        return None
+        """Where it first goes wrong, None if nothing fails: of the arms that fail, what the one says that places it best."""
+        return next(self._divergences(), None)
+
+    def _divergences(self) -> Iterator[dict[str, Any]]:
+        yield from ({"layer": tap.layer, "tap": tap.tap} for tap in self.taps if tap.verdict == "fail")
+        yield from ({"layer": weight.layer, "tap": "weights"} for weight in self.weights if weight.note)
+        failing = [self._jump()] if self.free_run is not None and self.free_run["verdict"] == "fail" else []
+        failing += [(flip["layer"], "expert_choice") for flip in self.judged_flips if not flip["explained"]]
+        # A router whose input is wrong chooses wrongly, so within a layer the stream goes first: sorting is stable.
+        failing.sort(key=lambda place: math.inf if place[0] is None else place[0])
+        yield from ({"layer": layer, "tap": tap} for layer, tap in failing)
+        yield from ({"layer": layer_of(one["name"]), "tap": "gradients"} for one in self.wrong_gradients)
+        worse = (tap for tap in self.taps if (tap.port_over_reference or 0.0) > PRECISION_FAIL)
+        yield from ({"layer": tap.layer, "tap": tap.tap} for tap in worse)
+
+    def _jump(self) -> tuple[int | None, str]:
+        """Where the error of the free run grows most in one step: a layer, or what comes after the last."""
+        assert self.free_run is not None
+        last = self.free_run["max_abs"] / (self.free_run["max_logit"] or 1.0)
+        errors = [0.0, *(point["replayed"] for point in self.growth), last]
+        steps = [after / max(before, FREE_RUN_NOISE) for before, after in itertools.pairwise(errors)]
+        step = max(range(len(steps)), key=steps.__getitem__)
+        return (self.growth[step]["layer"], "free run") if step < len(self.growth) else (None, "logits")
+
+    @property
+    def wrong_gradients(self) -> list[dict[str, Any]]:
+        """In the order in which gradients are computed, from the logits back: what is wrong spreads that way."""
+        wrong = [gradient for gradient in self.gradients if gradient["verdict"] == "fail"]
+        return sorted(wrong, key=lambda gradient: _depth(gradient["name"]), reverse=True)
 
     def lacks(self, reason: str) -> None:
         """Something asked for that could not be done: with it the report cannot say PASS."""
@@ -128,6 +158,7 @@ class Report:
             "growth": self.growth,
             "token_kl": self.token_kl,
             "gradients": self.gradients,
+            "judged_flips": self.judged_flips,
             "flips": self.flips,
             "incomplete": self.incomplete,
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -163,9 +194,10 @@ def _table(report: Report) -> Iterable[str]:
         yield f"precision in bfloat16: at most {worst.port_over_reference:.2f} times the reference's error, {where}   {verdict}"
     if report.free_run is not None:
         yield from _free_run_rows(report)
+    yield from _flip_rows(report)
     if report.gradients:
         worst = max(report.gradients, key=lambda gradient: gradient["relative_l2"])
-        bad = [gradient["name"] for gradient in report.gradients if gradient["verdict"] == "fail"]
+        bad = [gradient["name"] for gradient in report.wrong_gradients]
         verdict = f"FAIL: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}" if bad else "ok"
         yield f"gradients  {len(report.gradients)} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {verdict}"
     for reason in report.incomplete:
@@ -221,9 +253,19 @@ def _free_run_rows(report: Report) -> Iterable[str]:
         kl = f"KL {run['kl_mean']:.1e} mean, {run['kl_p95']:.1e} p95, {run['kl_max']:.1e} max   top-1 {run['top1']:.1%}"
         verdict = {"ok": "ok", "fail": "FAIL"}.get(run.get("verdict", ""), "")
         yield f"free run  {name:<16} max |d logit| {run['max_abs']:.1e} of {run['max_logit']:.3g}   {kl}   {verdict}".rstrip()
-    unexplained = sum(not flip["explained"] for flip in report.flips)
-    if report.flips:
-        yield f"expert flips  {len(report.flips)}, {len(report.flips) - unexplained} explained as near-ties, {unexplained} not"
+
+
+def _flip_rows(report: Report) -> Iterable[str]:
+    """Judged with the reference's routing replayed, told with the port's own."""
+    judged, told = report.judged_flips, report.flips
+    if judged or told:
+        wrong = sum(not flip["explained"] for flip in judged)
+        near_ties, verdict = len(judged) - wrong, "FAIL" if wrong else "ok"
+        yield f"expert flips  routing replayed {len(judged)}: {near_ties} near-ties, {wrong} not explained   {verdict}"
+        follow = sum(flip["follows"] is not None for flip in told)
+        unclear = sum(not flip["explained"] for flip in told)
+        kinds = f"{len(told) - follow - unclear} near-ties, {follow} follow from an earlier flip, {unclear} not explained"
+        yield f"expert flips  own routing      {len(told)}: {kinds}"
 
 
 def _diagnosis_rows(report: Report) -> Iterable[str]:

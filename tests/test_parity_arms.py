@@ -47,7 +47,8 @@ class Layer:
                 value = value.astype(dtype).astype(np.float32)
             value = self.model.change(self.n, name, value, forced)
             taps[name] = value if value.dtype != np.float32 else value.astype(dtype)
-            return given[name].reshape(value.shape).astype(value.dtype) if name in given else value
+            fits = name in given and given[name].size == value.size
+            return given[name].reshape(value.shape).astype(value.dtype) if fits else value
 
         x = x.astype(np.float32)
         by = lambda a, name: times(a, self.p[name], self.model.reordered)  # noqa: E731
@@ -172,6 +173,137 @@ def test_a_right_port_passes_every_arm():
     assert len(report.gradients) == len(ORACLE.values)
     assert [tap.layer for tap in report.taps if tap.tap == "decode"] == list(range(LAYERS))
     assert report.precision == "ok"
+
+
+# --- routing -------------------------------------------------------------------------------------------------------
+
+
+def tied(nudge: float, layer: int = 0):
+    """Values whose first two experts of a layer are an exact tie, and a port whose logits of the second are `nudge` higher."""
+    values = parameters()
+    values[f"layers.{layer}.router"][:, 1] = values[f"layers.{layer}.router"][:, 0]
+
+    def nudged(logits: np.ndarray) -> np.ndarray:
+        logits = logits.copy()
+        logits[:, 1] += np.float32(nudge)
+        return logits
+
+    return values, wrong(layer, "router_logits", nudged)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_flips_that_follow_from_a_near_tie_are_told_and_fail_nothing(layers):
+    """Noise decides in the first layer, on three rows; the streams part, and no later margin is anywhere near noise."""
+    values, change = tied(nudge=2e-6)
+    port = Whole(change, reordered=True, values=values)
+    report = compare(Whole(values=values), port, prompt=prompt_of(24, 24, 10), layers=layers)
+    assert (report.verdict, report.first_divergence) == ("pass", None)
+    assert report.judged_flips
+    assert all((flip["layer"], flip["margin"], flip["explained"]) == (0, 0.0, True) for flip in report.judged_flips)
+    first = [flip for flip in report.flips if flip["layer"] == 0]
+    assert first == [flip | {"follows": None} for flip in report.judged_flips]
+    later = [flip for flip in report.flips if flip["layer"] > 0]
+    assert max(flip["margin"] for flip in later) > 1
+    assert {flip["layer"] for flip in later} == {1, 2, 3}
+    parted: dict[int, int] = {}
+    for flip in report.flips:
+        cause = flip["follows"]
+        if cause is not None:
+            assert flip["explained"]
+            assert parted[cause["token"]] == cause["layer"] < flip["layer"]
+            assert cause["token"] == flip["token"] if flip["token"] in parted else cause["token"] < flip["token"]
+            assert cause["token"] // 24 == flip["token"] // 24  # never of another row
+        parted.setdefault(flip["token"], flip["layer"])
+    assert any(flip["follows"]["token"] != flip["token"] for flip in later)
+    assert max(flip["token"] for flip in report.flips) < 24 + 24 + 10
+    json.loads(report.to_json())
+
+
+def test_ties_and_reordered_sums_pass():
+    values = parameters()
+    for n in range(LAYERS):  # three pairs of experts that nothing tells apart, in every layer
+        for one, other in ((0, 1), (2, 3), (4, 5)):
+            values[f"layers.{n}.router"][:, other] = values[f"layers.{n}.router"][:, one]
+    assert compare(Whole(values=values), Whole(reordered=True, values=values), tokens=64).verdict == "pass"
+    highest = wrong(2, "expert_choice", lambda choice: np.where(choice == 0, 1, np.where(choice == 1, 0, choice)))
+    report = compare(Whole(values=values), Whole(highest, reordered=True, values=values), tokens=64)
+    assert any(flip["layer"] == 2 for flip in report.judged_flips)
+    assert report.verdict == "pass"
+
+
+def no_better_than_the_next(choice: np.ndarray) -> np.ndarray:
+    return (choice + 1) % EXPERTS
+
+
+@pytest.mark.parametrize("layers", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_router_at_fault_fails_at_its_place(layers, before):
+    """With or without an explained flip before it, which parts the streams."""
+    values, near_tie = tied(nudge=2e-6)
+    choose = wrong(2, "expert_choice", no_better_than_the_next, when=lambda forced: not layers or forced is not None)
+    port = Whole(
+        lambda at, name, value, forced: choose(at, name, near_tie(at, name, value, forced) if before else value, forced),
+        reordered=True,
+        values=values,
+    )
+    report = compare(Whole(values=values), port, tokens=24, layers=layers)
+    assert (report.verdict, report.first_divergence) == ("fail", {"layer": 2, "tap": "expert_choice"})
+    assert {flip["layer"] for flip in report.judged_flips if not flip["explained"]} <= {2}
+    assert any(flip["layer"] == 0 for flip in report.judged_flips) == before
+    assert report.free_run["verdict"] == "ok"  # the reference's routing was replayed
+    assert "first divergence: layer 2, expert_choice" in report.table()
+
+
+def test_a_router_that_is_wrong_only_when_nothing_is_forced_fails_at_its_place():
+    report = judged(wrong(1, "expert_choice", no_better_than_the_next, when=lambda forced: forced is None))
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert (report.verdict, report.first_divergence) == ("fail", {"layer": 1, "tap": "expert_choice"})
+    assert {flip["layer"] for flip in report.judged_flips} == {1}
+    assert "expert flips  routing replayed 12: 0 near-ties, 12 not explained   FAIL" in report.table()
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_a_router_that_chooses_too_few_fails_at_its_place(layers):
+    report = judged(wrong(1, "expert_choice", lambda choice: choice[:, :1]), layers=layers)
+    assert report.first_divergence == {"layer": 1, "tap": "expert_choice"}
+    (wrong_tap,) = (tap for tap in report.taps if (tap.layer, tap.tap) == (1, "expert_choice"))
+    assert wrong_tap.note == "shape [12, 1], should be [12, 2]"
+
+
+def test_an_expert_chosen_twice_is_a_fault_that_json_can_hold():
+    report = judged(wrong(1, "expert_choice", lambda choice: choice[:, [0, 0]]), layers=False)
+    assert report.first_divergence == {"layer": 1, "tap": "expert_choice"}
+    assert json.loads(report.to_json())["judged_flips"][0]["margin"] == metrics.WORST
+
+
+# --- a fault in one arm alone --------------------------------------------------------------------------------------
+
+
+def test_a_free_run_that_fails_alone_says_from_which_layer_on():
+    """Wrong only where a component is not fed the reference's input: none is at fault by itself."""
+    report = judged(wrong(2, "attn_out", when=lambda forced: forced is None or "attn_out" not in forced))
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert report.free_run["verdict"] == "fail"
+    assert report.first_divergence == {"layer": 2, "tap": "free run"}
+    assert report.growth[1]["replayed"] < metrics.FREE_RUN_NOISE
+    assert report.growth[2]["replayed"] > 1e-3
+
+
+def test_a_free_run_that_is_wrong_after_the_layers_says_so():
+    report = judged(wrong(None, "logits", when=lambda forced: not forced))
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert report.first_divergence == {"layer": None, "tap": "logits"}
+
+
+def test_wrong_gradients_are_placed_at_the_last_layer_that_has_them():
+    def stopped(at, name, value, forced):
+        """As if no gradient flowed through the q of layer 2: those of all before it are wrong too."""
+        before = ("d embedding", "d layers.0.", "d layers.1.", "d layers.2.q")
+        return value * np.float32(0.5) if name.startswith(before) else value
+
+    report = judged(stopped, gradients=True)
+    assert report.first_divergence == {"layer": 2, "tap": "gradients"}
+    assert "FAIL: layers.2.q, layers.1." in report.table()
 
 
 # --- what a port cannot do -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from parity import junit
 from parity.cli import main
 from parity.report import Report, TapResult, Weight
 
+FOLLOWS = {131: {"layer": 16, "token": 131}, 132: {"layer": 16, "token": 131}}  # token of a flip -> the flip it follows from
 RUN = {"max_abs": 9.1e-6, "max_logit": 4.1, "kl_mean": 1e-12, "kl_p95": 3e-12, "kl_max": 4e-12, "top1": 1.0}
 
 
@@ -43,10 +44,10 @@ def broken(healthy) -> Report:
     healthy.weights[7] = Weight("layers.6.attn.sinks", "1 of 64 values differ, first at [3], by at most 0.0312")
     healthy.free_run |= {"verdict": "fail", "max_abs": 2.5}
     healthy.growth[20]["own"] = 1e9
-    healthy.flips = [
-        {"layer": 17, "token": t, "lost": [2, 6], "took": [0, 3], "margin": 1e-7, "explained": t != 130}
-        for t in range(128, 170)
-    ]
+    flip = {"layer": 17, "lost": [2, 6], "took": [0, 3], "margin": 1e-7}
+    healthy.judged_flips = [flip | {"token": t, "explained": t != 130} for t in (128, 130)]
+    healthy.flips = [flip | {"token": t, "explained": True, "follows": FOLLOWS.get(t)} for t in range(128, 167)]
+    healthy.flips += [flip | {"token": 167, "explained": False, "follows": None}]
     healthy.diagnosis = {
         "fault": "the sliding window is 129, should be 128",
         "name": "window-one-long",
@@ -59,6 +60,92 @@ def broken(healthy) -> Report:
     }
     healthy.incomplete = ["one reason", "another reason"]
     return healthy
+
+
+def fails_nothing(report: Report) -> None:
+    """What a right port may show: near-ties, what follows from them, ratios and gradients within their bounds."""
+    flip = {"layer": 2, "token": 3, "lost": [0], "took": [1], "margin": 0.0, "explained": True}
+    report.judged_flips, report.flips = [flip], [flip | {"follows": None}, flip | {"follows": {"layer": 1, "token": 3}}]
+    report.flips.append(flip | {"explained": False, "follows": None})
+    report.gradients = [{"name": "norm.scale", "relative_l2": 1e-5, "verdict": "ok"}]
+    report.taps[5].port_over_reference = 2.9
+
+
+def jumps(layer: int | None):
+    def make(report: Report) -> None:
+        report.free_run = {**RUN, "max_abs": 2.0, "gate": 2e-4, "verdict": "fail", "own_routing": dict(RUN)}
+        report.growth = [
+            {"layer": n, "replayed": 1e-6 if layer is None or n < layer else 1e-2 * (n + 1), "own": 0.5} for n in range(24)
+        ]
+
+    return make
+
+
+def flips_unexplained(*layers: int):
+    flip = {"token": 3, "lost": [0], "took": [1], "margin": 0.5, "explained": False}
+    return lambda report: report.judged_flips.extend(flip | {"layer": n} for n in layers)
+
+
+def gradients_wrong(*names: str):
+    return lambda report: report.gradients.extend({"name": name, "relative_l2": 1.0, "verdict": "fail"} for name in names)
+
+
+FAILING = {
+    "a tap": (lambda report: setattr(report.taps[19], "verdict", "fail"), {"layer": 1, "tap": "q_rope"}),
+    "a parameter": (lambda report: setattr(report.weights[7], "note", "differs"), {"layer": 6, "tap": "weights"}),
+    "the free run, from a layer on": (jumps(5), {"layer": 5, "tap": "free run"}),
+    "the free run, from the first layer on": (jumps(0), {"layer": 0, "tap": "free run"}),
+    "the free run, after the layers": (jumps(None), {"layer": None, "tap": "logits"}),
+    "a choice": (flips_unexplained(4, 9), {"layer": 4, "tap": "expert_choice"}),
+    "gradients": (gradients_wrong("layers.0.q", "layers.10.q", "layers.9.q"), {"layer": 10, "tap": "gradients"}),
+    "gradients of the norm": (gradients_wrong("layers.0.q", "norm.scale"), {"layer": None, "tap": "gradients"}),
+    "a gradient of the embedding": (gradients_wrong("embedding.weight"), {"layer": None, "tap": "gradients"}),
+    "precision": (lambda report: setattr(report.taps[20], "port_over_reference", 3.1), {"layer": 1, "tap": "k_rope"}),
+}  # fmt: skip
+
+
+def test_what_fails_nothing_has_no_place(healthy):
+    fails_nothing(healthy)
+    assert (healthy.verdict, healthy.first_divergence) == ("pass", None)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_whatever_fails_says_where(healthy, name):
+    make, place = FAILING[name]
+    fails_nothing(healthy)
+    make(healthy)
+    assert (healthy.verdict, healthy.first_divergence) == ("fail", place)
+    where = "the whole model" if place["layer"] is None else f"layer {place['layer']}"
+    assert f"first divergence: {where}, {place['tap']}" in healthy.table()
+    assert f"First divergence: {where}, {place['tap']} " in Page(page.render(healthy)).text
+
+
+def test_of_several_arms_the_one_that_comes_first_says_where(healthy):
+    """A router whose input is wrong chooses wrongly: then it is not the router that is named."""
+    jumps(5)(healthy)
+    flips_unexplained(5, 6)(healthy)
+    gradients_wrong("layers.10.q")(healthy)
+    assert healthy.first_divergence == {"layer": 5, "tap": "free run"}
+    flips_unexplained(4)(healthy)
+    assert healthy.first_divergence == {"layer": 4, "tap": "expert_choice"}
+    healthy.weights[7].note = "differs"
+    assert healthy.first_divergence == {"layer": 6, "tap": "weights"}
+
+
+def test_flips_are_counted_by_what_explains_them(broken):
+    table = broken.table()
+    assert "expert flips  routing replayed 2: 1 near-ties, 1 not explained   FAIL" in table
+    assert "expert flips  own routing      40: 37 near-ties, 2 follow from an earlier flip, 1 not explained" in table
+    broken.judged_flips = broken.judged_flips[:1]
+    assert "expert flips  routing replayed 1: 1 near-ties, 0 not explained   ok" in broken.table()
+
+
+def test_wrong_gradients_are_named_from_the_last_layer_back(healthy):
+    gradients_wrong("embedding.weight", "layers.0.q", "layers.2.q", "layers.1.q", "layers.2.k")(healthy)
+    assert "FAIL: layers.2.q, layers.2.k, layers.1.q, layers.0.q, ..." in healthy.table()
+    failed = cases(healthy)["check-parity.gradients"][0]
+    assert (failed.text or "").split(":")[0] == "layers.2.q"
+    assert "of 5: layers.2.q, layers.2.k, layers.1.q, layers.0.q, …" in Page(page.render(healthy)).text
 
 
 def test_wrong_gradients_alone_are_seen_everywhere(healthy):
@@ -106,7 +193,7 @@ def test_junit_fails_what_diverged_and_errs_on_what_was_not_compared(broken):
         "check-parity.layer 18.attn_core": ("failure", "worst token's relative L2 1.000e+09; all tokens"),
         "check-parity.layer 20.q": ("error", "the candidate has no such tap"),
         "check-parity.free run": ("failure", "max |difference of logits| 2.500e+00, bound 2.000e-04"),
-        "check-parity.expert flips": ("failure", "not explained: 1 of 42 expert flips"),
+        "check-parity.expert flips": ("failure", "not explained: 1 of 2 expert flips, routing replayed"),
         "check-parity.precision": ("failure", "more than 3 times as far from float32 as the reference: 1 taps"),
         "check-parity.complete": ("error", "one reason"),
     }
@@ -172,7 +259,17 @@ def test_a_failing_page_says_where_what_and_why(broken):
     assert "Diagnosis: the sliding window is 129, should be 128: residual 0.31 → 4.0e-6" in text
     assert "one reason another reason" in text
     assert "layers.6.attn.sinks 1 of 64 values differ" in text
-    assert "Expert flips not explained: 1 of 42." in text
+    assert "Expert flips not explained, the reference's routing replayed: 1 of 2." in text
+    assert "Expert flips 40 1 unexplained where judged" in text
+    rows = re.findall(r"(replayed|own) 17 (\d+) 2, 6 0, 3 1e-7 (✓ [\w -]+?|✕ no|no) (?=replayed|own|22 more|<|Thi)", text)
+    assert rows[:4] == [
+        ("replayed", "130", "✕ no"),
+        ("replayed", "128", "✓ near-tie"),
+        ("own", "167", "no"),
+        ("own", "128", "✓ near-tie"),
+    ]
+    assert ("own", "131", "✓ follows from layer 16") in rows
+    assert ("own", "132", "✓ follows from layer 16 of token 131") in rows
     assert "22 more flips" in text
     assert "5.25×" in text
     assert "not finite" in text
