@@ -1,7 +1,8 @@
-"""The side that is judged: our `Transformer`, from an Orbax checkpoint, one layer at a time.
+"""The side that is judged: the parts of our `Transformer`, from an Orbax checkpoint, one layer at a time.
 
 The taps come out of the blocks people train with: `oss_model.taps` watches and feeds them. A layer's parameters are
-restored by plain Orbax when it is its turn, and freed after.
+restored by plain Orbax when it is its turn, and freed after. How `Transformer` puts its parts together, and how
+`create_model_from_checkpoint` loads them, is run by the gradients arm alone.
 """
 
 import dataclasses

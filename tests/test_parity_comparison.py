@@ -299,6 +299,28 @@ def test_a_gradient_that_does_not_flow_is_found_in_its_layer(monkeypatch, source
     assert report.free_run["verdict"] == "ok"
 
 
+def test_wrong_wiring_of_the_layers_shows_in_the_gradients_alone(monkeypatch, tmp_path, cfg):
+    """As docs/parity.md says: the layers are put together by the harness itself, but for the gradients."""
+    two = dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())
+    convert(write_checkpoint(tmp_path / "source", two), tmp_path / "checkpoint")
+
+    def without_the_last(self, tokens, positions=None, cache=None):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        x, rope = self.embed(tokens), self.rope(positions)
+        for block in list(self.layers)[:-1]:
+            x, _ = block(x, positions, rope)
+        return x, None
+
+    monkeypatch.setattr(Transformer, "stream", without_the_last)
+    jax.clear_caches()
+    report = compare(tmp_path / "source", tmp_path / "checkpoint", gradients=True)
+    jax.clear_caches()
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert report.free_run["verdict"] == "ok"
+    assert report.first_divergence == {"layer": None, "tap": "gradients"}  # the logits are wrong, so all gradients are
+    assert {"norm.scale", "layers.1.attn.sinks", "layers.0.attn.sinks"} <= {one["name"] for one in report.wrong_gradients}
+
+
 # --- differing bytes --------------------------------------------------------------------------------------------
 
 
@@ -467,7 +489,7 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, broken):
     ("arguments", "message"),
     [
         (["{tmp}/none", "{dst}"], "error: {tmp}/none: expected a directory of safetensors files, found nothing"),
-        (["{src}", "{src}"], "error: {src}: expected an Orbax checkpoint, found"),
+        (["{src}", "{src}"], "error: {src}: expected an Orbax checkpoint (_METADATA), found"),
         (["{src}"], "error: {src}/conversion.json: expected a manifest of convert-oss, found none"),
         (["{src}", "{dst}", "--json", "{tmp}/no/f.json"], "error: {tmp}/no/f.json: expected a file in an existing directory"),
     ],
