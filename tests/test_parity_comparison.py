@@ -299,19 +299,35 @@ def test_a_gradient_that_does_not_flow_is_found_in_its_layer(monkeypatch, source
     assert report.free_run["verdict"] == "ok"
 
 
-def test_wrong_wiring_of_the_layers_shows_in_the_gradients_alone(monkeypatch, tmp_path, cfg):
-    """As docs/parity.md says: the layers are put together by the harness itself, but for the gradients."""
+def without_the_last_layer(self, tokens, positions=None, cache=None):
+    """A wrong `Transformer.stream`."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    x, rope = self.embed(tokens), self.rope(positions)
+    for block in list(self.layers)[:-1]:
+        x, _ = block(x, positions, rope)
+    return x, None
+
+
+def without_sinks(*arguments):
+    """A wrong `create_model_from_checkpoint`."""
+    model = create_model_from_checkpoint(*arguments)
+    for block in model.layers:
+        block.attn.sinks.set_value(jnp.zeros_like(block.attn.sinks.get_value()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong"),
+    [
+        (Transformer, "stream", without_the_last_layer),
+        (candidate_module, "create_model_from_checkpoint", without_sinks),
+    ],
+)
+def test_how_the_model_is_put_together_shows_in_the_gradients_alone(monkeypatch, tmp_path, cfg, owner, name, wrong):
+    """As docs/parity.md says: parts are put together by the harness itself, but for the gradients."""
     two = dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())
     convert(write_checkpoint(tmp_path / "source", two), tmp_path / "checkpoint")
-
-    def without_the_last(self, tokens, positions=None, cache=None):
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        x, rope = self.embed(tokens), self.rope(positions)
-        for block in list(self.layers)[:-1]:
-            x, _ = block(x, positions, rope)
-        return x, None
-
-    monkeypatch.setattr(Transformer, "stream", without_the_last)
+    monkeypatch.setattr(owner, name, wrong)
     jax.clear_caches()
     report = compare(tmp_path / "source", tmp_path / "checkpoint", gradients=True)
     jax.clear_caches()
