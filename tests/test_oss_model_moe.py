@@ -64,7 +64,9 @@ def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
         np.testing.assert_allclose(got.get_value(), want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize(("platform", "tokens", "path"), [("cpu", FEW, "pairs"), ("cpu", MANY, "scan"), ("gpu", MANY, "ragged")])
+@pytest.mark.parametrize(
+    ("platform", "tokens", "path"), [("cpu", FEW, "pairs"), ("cpu", MANY, "scan"), ("gpu", MANY, "ragged")]
+)
 def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tokens, path):
     """The same in eager code, under jit, and under grad with respect to a part of the parameters."""
     taken: list[str] = []
