@@ -28,8 +28,10 @@ class ModelConfig:
     Nothing can be set later; `dataclasses.replace` makes another. One of fewer or more layers needs its layer types too:
     `dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())`.
 
-    `dtype` is the dtype computed in, whatever dtype is stored. `param_dtype` is how parameters are stored:
-    "bfloat16", "float32", or "mxfp4" (experts packed, everything else bfloat16).
+    `dtype` is the dtype computed in, whatever dtype parameters have. `param_dtype` is theirs: "bfloat16", "float32",
+    "mxfp4" (experts packed, everything else bfloat16), or None: as a checkpoint stores them, bfloat16 where there is none.
+    A model's own `cfg.param_dtype` says what it holds. Train all of it in "float32": steps of a usual size are lost in
+    bfloat16's rounding (docs/training.md).
 
     Raises `InputError` naming every field that is out of range.
     """
@@ -57,7 +59,7 @@ class ModelConfig:
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     dtype: Any = ml_dtypes.bfloat16
-    param_dtype: str = "bfloat16"
+    param_dtype: str | None = None
     expert_path: str = "auto"  # how expert sums are computed: see `oss_model.moe`
     remat: str = "none"  # what training computes twice to save memory: "none", "mlp" (the experts), "block" (everything)
     use_sharding: bool = False  # annotate parameters with the partition specs of `oss_model.sharding`
@@ -306,8 +308,8 @@ def _faults(cfg: ModelConfig) -> list[str]:
         faults.append(f"head_dim: expected an even number, for rotation in pairs, found {cfg.head_dim}")
     if cfg.num_experts_per_tok > cfg.num_experts:
         faults.append(f"num_experts_per_tok: expected at most num_experts = {cfg.num_experts}, found {cfg.num_experts_per_tok}")
-    if cfg.param_dtype not in PARAM_DTYPES:
-        faults.append(f"param_dtype: expected one of {', '.join(PARAM_DTYPES)}, found {cfg.param_dtype!r}")
+    if cfg.param_dtype not in (None, *PARAM_DTYPES):
+        faults.append(f"param_dtype: expected None or one of {', '.join(PARAM_DTYPES)}, found {cfg.param_dtype!r}")
     if cfg.dtype not in (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)):
         faults.append(f"dtype: expected bfloat16 or float32, found {cfg.dtype}")
     if cfg.expert_path not in EXPERT_PATHS:

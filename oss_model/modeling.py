@@ -6,6 +6,7 @@ that can be watched from outside (`oss_model.taps`); it changes nothing.
 b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i intermediate, v vocab.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -110,7 +111,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+        self.cfg = cfg = dataclasses.replace(cfg, param_dtype=cfg.param_dtype or "bfloat16")
         self.embedding = Embedding(cfg, rngs=rngs)
         self.rope = RotaryEmbedding(cfg)
         self.layers = nnx.List([TransformerBlock(cfg, n, rngs=rngs) for n in range(cfg.num_hidden_layers)])

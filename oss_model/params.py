@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
     Args:
       checkpoint_path: an Orbax checkpoint written by convert-oss, or a safetensors directory in any of the three
         layouts.
-      cfg: the model's configuration. Parameters keep the dtype the Orbax checkpoint stores them in; from safetensors
-        `cfg.param_dtype` says how MXFP4 experts are held. They are cast to `cfg.dtype` where they are used.
+      cfg: the model's configuration. `param_dtype` says how parameters are held, from either kind of checkpoint; None:
+        as they are stored. The model's own `cfg.param_dtype` says which it became. They are cast to `cfg.dtype` where
+        they are used.
       mesh: devices to place the parameters on, cut as `oss_model.sharding` says; this process's first device if None.
 
     Raises:
-      InputError: naming everything that is missing, unexpected or misshaped, or the first damage found.
+      InputError: naming everything that is missing, unexpected or misshaped, or the first damage found; or if
+        `cfg.param_dtype` would round what is stored (float32 to bfloat16, values to MXFP4).
       OutOfMemory: if it does not fit, on the host or on a device.
     """
     path = Path(checkpoint_path).absolute()
@@ -98,10 +100,7 @@ def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, d
     """
     found = stored_parameters(path)
     dtypes = {name: dtype for name, (_, dtype) in found.items()}
-    packed = any(name.endswith(".blocks") for name in found)
-    floating = {dtype for dtype in dtypes.values() if dtype != layouts.UINT8}
-    param_dtype = "mxfp4" if packed else "float32" if floating == {layouts.FLOAT32} else "bfloat16"
-    cfg = dataclasses.replace(cfg, param_dtype=param_dtype)
+    cfg = dataclasses.replace(cfg, param_dtype=_param_dtype(dtypes.values()))
     expected = layouts.parameters(cfg)
     faults = _mismatches(path, expected, found)
     for name in found.keys() & expected.keys():
@@ -109,6 +108,26 @@ def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, d
             faults.append(f"{path}: {name}: expected dtype {expected[name][1]}, found {dtypes[name]}")
     raise_all(faults)
     return cfg, dtypes
+
+
+def _param_dtype(stored: Iterable[np.dtype]) -> str:
+    """What `ModelConfig.param_dtype` calls parameters of these dtypes. Of a mixture the most are bfloat16."""
+    kinds = set(stored)
+    return "mxfp4" if layouts.UINT8 in kinds else "float32" if kinds == {layouts.FLOAT32} else "bfloat16"
+
+
+def _held(path: Path, asked: str | None, dtypes: Mapping[str, np.dtype]) -> str:
+    """The `param_dtype` to hold parameters in that are stored as `dtypes`."""
+    stored, choice = _param_dtype(dtypes.values()), "leave param_dtype out, for parameters as they are stored"
+    wide = [name for name, dtype in dtypes.items() if dtype == layouts.FLOAT32]
+    if asked == "mxfp4" != stored:
+        raise InputError(f"{path}: param_dtype: expected packed experts for 'mxfp4', found values; {choice}")
+    if asked == "bfloat16" and wide:
+        raise InputError(
+            f"{path}: param_dtype: expected no float32 parameters for 'bfloat16', which would round them, found {len(wide)},"
+            f" the first {wide[0]}; {choice}, or convert with --dtype bfloat16"
+        )
+    return asked or stored
 
 
 def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[str]:
@@ -124,12 +143,15 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
 
 
 def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
-    cfg, dtypes = as_stored(path, cfg)
-    graphdef, state = abstract_model(cfg, mesh)
+    stored, dtypes = as_stored(path, cfg)
+    cfg = dataclasses.replace(cfg, param_dtype=_held(path, cfg.param_dtype, dtypes))
+    packed = stored.param_dtype == "mxfp4" != cfg.param_dtype  # and values are asked for
+    graphdef, state = abstract_model(stored if packed else cfg, mesh)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for keys, variable in nnx.to_flat_state(state):
-        value = variable.get_value()
-        dtype = dtypes[parameter_name(keys)]
+        value, dtype = variable.get_value(), dtypes[parameter_name(keys)]
+        if cfg.param_dtype == "float32" and dtype != layouts.UINT8:
+            dtype = layouts.FLOAT32  # Orbax widens what it reads
         variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
     # At most so much on the way to the devices at a time; without it Orbax reads everything at once, and the peak doubles.
     sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(state)]
@@ -139,13 +161,30 @@ def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
         with ocp.Checkpointer(handler) as checkpointer:
             state = checkpointer.restore(path, args=wanted)
         jax.block_until_ready(state)  # copies to the devices go on after Orbax returns, and hold what they copy
+        if packed:
+            parameters = {parameter_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
+            del state
+            graphdef, state = abstract_model(cfg, mesh)
+            _unpack(parameters, state)
     release()
     return nnx.merge(graphdef, state)
 
 
+def _unpack(parameters: dict[str, jax.Array], state: nnx.State) -> None:
+    """Fill the state of a model of values from that of a packed one, which is emptied, a map at a time, as it goes."""
+    for keys, variable in nnx.to_flat_state(state):
+        name, value = parameter_name(keys), variable.get_value()
+        if name not in parameters:
+            packed = [parameters.pop(name.removesuffix("weight") + kind) for kind in ("blocks", "scales")]
+            dequantize = jax.jit(mxfp4.dequantize, static_argnums=2, out_shardings=value.sharding)
+            parameters[name] = jax.block_until_ready(dequantize(*packed, value.dtype))
+        held = parameters.pop(name)  # where inner axes are cut, packed experts' biases may be cut otherwise
+        variable.set_value(held if value.sharding is None else jax.device_put(held, value.sharding))
+
+
 def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
-    if cfg.param_dtype == "mxfp4" and not source.layout.packed:
-        raise InputError(f"{source.directory}: {source.layout.title} has no packed experts; use param_dtype='bfloat16'")
+    dtypes = {entry.model: source.dtype(entry) for entry in source.entries()}
+    cfg = dataclasses.replace(cfg, param_dtype=_held(source.directory, cfg.param_dtype, dtypes))
     graphdef, state = abstract_model(cfg, mesh)
     variables = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}
     held = dataclasses.replace(source.cfg, param_dtype=cfg.param_dtype)
@@ -160,7 +199,7 @@ def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -
     return nnx.merge(graphdef, state)
 
 
-def _values(source: Checkpoint, param_dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _values(source: Checkpoint, param_dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """(name, host array) of every parameter, one at a time."""
     floating = layouts.FLOAT32 if param_dtype == "float32" else layouts.BFLOAT16
     blocks: dict[str, np.ndarray] = {}

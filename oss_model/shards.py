@@ -156,6 +156,10 @@ class Checkpoint:
     def entries(self) -> list[layouts.Entry]:
         return layouts.entries(self.layout, self.cfg)
 
+    def dtype(self, entry: layouts.Entry) -> np.dtype:
+        """As the parameter of `entry` is stored."""
+        return _DTYPES[self.shards.tensors[entry.checkpoint].dtype]
+
     def read(self, entry: layouts.Entry, rows: slice = slice(None), buffer: np.ndarray | None = None) -> np.ndarray:
         """The parameter of `entry` (or a run along its first axis) in the checkpoint's shape and dtype."""
         start, stop, _ = rows.indices(entry.checkpoint_shape[0])

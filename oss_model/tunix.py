@@ -9,6 +9,7 @@ The parameters are those of `model.model`, the `Transformer`, and are shared wit
 
 import contextlib
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -33,10 +34,19 @@ class TunixConfig:
 
 
 class TunixTransformer(nnx.Module):
-    """`mesh`: the one the parameters are on, if they are; set while the model runs, since tunix does not."""
+    """`mesh`: the one the parameters are on, if they are; set while the model runs, since tunix does not.
+
+    Warns, once, of parameters that full fine-tuning would hardly move.
+    """
 
     def __init__(self, model: Transformer, mesh: jax.sharding.Mesh | None = None):
         self.model, self.mesh = model, mesh
+        if model.cfg.param_dtype != "float32" and not jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+            warnings.warn(
+                f"parameters are {model.cfg.param_dtype}: that will do for LoRA and sampling, but full fine-tuning loses steps"
+                " of a usual size in bfloat16's rounding; load with param_dtype='float32' for it (docs/training.md)",
+                stacklevel=2,
+            )
 
     def __call__(
         self,

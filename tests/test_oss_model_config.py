@@ -145,7 +145,7 @@ def test_shared_constants_of_the_published_models():
         assert cfg.rope_truncate is False
         assert cfg.layer_types == ("sliding_attention", "full_attention") * (cfg.num_hidden_layers // 2)
         assert cfg.dtype == jnp.bfloat16
-        assert cfg.param_dtype == "bfloat16"
+        assert cfg.param_dtype is None
 
 
 def test_in_the_tiny_model_every_size_is_distinct():
@@ -561,7 +561,7 @@ def test_other_layer_types_are_kept():
         ({"dtype": np.float16}, ["dtype: expected bfloat16 or float32, found float16"]),
         ({"dtype": "bf17"}, ["dtype: expected bfloat16 or float32, found bf17"]),
         ({"dtype": None}, ["dtype: expected bfloat16 or float32, found float64"]),
-        ({"param_dtype": "int8"}, ["param_dtype: expected one of bfloat16, float32, mxfp4, found 'int8'"]),
+        ({"param_dtype": "int8"}, ["param_dtype: expected None or one of bfloat16, float32, mxfp4, found 'int8'"]),
         ({"expert_path": "fast"}, ["expert_path: expected one of auto, loop, scan, pairs, ragged, found 'fast'"]),
         ({"num_hidden_layers": 6}, ["layer_types: expected 6 entries, one a layer, found 5"]),
         (

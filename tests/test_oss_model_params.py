@@ -8,11 +8,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from oss_model import InputError, ModelConfig, create_model_from_checkpoint, layouts
+from converter import convert
+from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, layouts
 from oss_model.params import parameter_name
 
 
@@ -32,11 +34,86 @@ def test_both_ways_of_loading_give_the_same_bits(sources, checkpoints, cfg, dtyp
             assert np.asarray(value).tobytes() == np.asarray(from_safetensors[name]).tobytes(), name
 
 
-def test_the_stored_dtype_wins_over_the_configuration(checkpoints, cfg):
-    """`dtype` is what is computed in; a packed checkpoint stays packed."""
-    model = create_model_from_checkpoint(checkpoints["mxfp4"], dataclasses.replace(cfg, param_dtype="float32"))
-    assert model.cfg.param_dtype == "mxfp4"
-    assert model.cfg.dtype == np.float32
+@pytest.mark.parametrize("layout", ["orbax", "hf"])
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("mxfp4", None),
+        ("mxfp4", "bfloat16"),
+        ("mxfp4", "float32"),
+        ("bfloat16", None),
+        ("bfloat16", "float32"),
+        ("float32", None),
+    ],
+)
+def test_parameters_are_held_as_asked_or_as_they_are_stored(sources, checkpoints, cfg, stored, asked, layout):
+    """Bit for bit what a conversion to that dtype holds, and the model says so. No source of ours has float32 values."""
+    if layout == "hf" and stored == "float32":
+        return
+    path = {"orbax": checkpoints[stored], "hf": sources["hf" if stored == "mxfp4" else "hf-bf16"]}[layout]
+    model = create_model_from_checkpoint(path, dataclasses.replace(cfg, param_dtype=asked))
+    held = asked or stored
+    assert model.cfg.param_dtype == held
+    want = flat(create_model_from_checkpoint(checkpoints[held], cfg))
+    got = flat(model)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype == layouts.parameters(model.cfg)[name][1], name
+        assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
+
+
+def test_packed_experts_become_values_on_a_mesh(even_checkpoints, even_cfg):
+    """Cut as values are, whatever the packed ones could be cut along."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    asked = dataclasses.replace(even_cfg, param_dtype="float32")
+    got = flat(create_model_from_checkpoint(even_checkpoints["mxfp4"], asked, mesh))
+    for name, value in flat(create_model_from_checkpoint(even_checkpoints["float32"], even_cfg, mesh)).items():
+        assert got[name].sharding == value.sharding, name
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "fault"),
+    [
+        ("float32", "bfloat16", "expected no float32 parameters for 'bfloat16', which would round them, found 88, the first "),
+        ("float32", "mxfp4", "expected packed experts for 'mxfp4', found values; leave param_dtype out"),
+        ("bfloat16", "mxfp4", "expected packed experts for 'mxfp4', found values; leave param_dtype out"),
+    ],
+)
+def test_what_would_round_parameters_is_refused(checkpoints, cfg, stored, asked, fault):
+    with pytest.raises(InputError) as caught:
+        create_model_from_checkpoint(checkpoints[stored], dataclasses.replace(cfg, param_dtype=asked))
+    [line] = caught.value.faults
+    assert line.startswith(f"{checkpoints[stored]}: param_dtype: {fault}")
+
+
+def moved(path, cfg, param_dtype: str | None) -> float:
+    """The share of values that 20 steps of AdamW at 1e-5 change."""
+    model = create_model_from_checkpoint(path, dataclasses.replace(cfg, param_dtype=param_dtype))
+    before = {name: np.asarray(value) for name, value in flat(model).items()}
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-5), wrt=nnx.Param)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (4, 24)))
+
+    @nnx.jit
+    def step(model: Transformer, optimizer: nnx.Optimizer) -> None:
+        def loss_fn(model: Transformer) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(model(tokens)[:, :-1], tokens[:, 1:]).mean()
+
+        optimizer.update(model, nnx.grad(loss_fn)(model))
+
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
+        for _ in range(20):
+            step(model, optimizer)
+    changed = [np.count_nonzero(np.asarray(value) != before[name]) for name, value in flat(model).items()]
+    return sum(changed) / sum(value.size for value in before.values())
+
+
+def test_float32_parameters_move_where_bfloat16_ones_do_not(even_checkpoints, even_cfg, tmp_path):
+    """README's full fine-tuning. Embeddings of tokens that no row has are decayed alone: these need not move."""
+    source = even_checkpoints["float32"].parent / "source"
+    convert(source, tmp_path / "bfloat16")
+    assert moved(tmp_path / "bfloat16", even_cfg, None) < 0.3
+    assert moved(tmp_path / "bfloat16", even_cfg, "float32") > 0.8
 
 
 def test_onto_a_mesh(checkpoints, cfg):
@@ -68,7 +145,7 @@ def test_safetensors_of_another_shape_are_named(sources):
 
 
 def test_values_cannot_be_loaded_as_packed(sources, cfg):
-    with pytest.raises(InputError, match="has no packed experts; use param_dtype='bfloat16'"):
+    with pytest.raises(InputError, match="expected packed experts for 'mxfp4', found values; leave param_dtype out"):
         create_model_from_checkpoint(sources["hf-bf16"], dataclasses.replace(cfg, param_dtype="mxfp4"))
 
 
