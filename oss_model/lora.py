@@ -45,6 +45,18 @@ def add_lora(
     Raises:
       InputError: for every rule that matches nothing, or only routers, and for a rank below 1.
     """
+    adapted = select(model, rules, rank)
+    for module in adapted.values():
+        _add(module, model.cfg, rank, rank if alpha is None else alpha, rngs)
+    return list(adapted)
+
+
+def select(model: Transformer, rules: str | Sequence[str], rank: int) -> dict[str, Adaptable]:
+    """The modules, by name, that `add_lora` would adapt. `model` may be abstract (`nnx.eval_shape`).
+
+    Raises:
+      InputError: as `add_lora` does.
+    """
     modules = dict(_adaptable(model))
     rules = [rules] if isinstance(rules, str) else list(rules)
     raise_all(_bad_patterns(rules))
@@ -56,11 +68,9 @@ def add_lora(
             faults.append(f"LoRA rule {rule!r}: expected to match a linear map, found no match; there are {', '.join(kinds)}")
         elif all(name.endswith(".router") for name in names):
             faults.append(f"LoRA rule {rule!r}: expected more than the router; the experts are mlp.gate_up and mlp.down")
-    adapted = [name for name in modules if any(name in names for names in matched.values())]
-    faults += [f"{name}: expected no LoRA parameters yet, found some" for name in adapted if _adapted(modules[name])]
+    adapted = {name: module for name, module in modules.items() if any(name in names for names in matched.values())}
+    faults += [f"{name}: expected no LoRA parameters yet, found some" for name, module in adapted.items() if _adapted(module)]
     raise_all(faults if rules else ["LoRA: expected at least one rule, found none"])
-    for name in adapted:
-        _add(modules[name], model.cfg, rank, rank if alpha is None else alpha, rngs)
     return adapted
 
 

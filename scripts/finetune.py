@@ -4,20 +4,26 @@ r"""Fine-tune gpt-oss on a text file: convert, restore onto a mesh, train, save 
     finetune.py gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
     finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\.(gate_up|down)'
 
-Without --lora the parameters that --train matches are trained, in float32. With --lora only low-rank updates are, over
-experts that stay packed MXFP4. The same command goes on where a killed run, or one of fewer --steps, stopped.
+Without --lora the parameters that --train matches are trained, all held in float32: 16 bytes a value trained, with its
+gradient and Adam's moments. With --lora only low-rank updates are, over experts that stay packed MXFP4. The same command
+goes on where a killed run, or one of fewer --steps, stopped. Nothing is converted or written before all that was asked for
+is found to be possible.
 
 RUN/base is the converted checkpoint, RUN/steps what a resumed run needs, RUN/model the result, in the tree of the checkpoint
 that convert-oss makes. Low-rank updates are in RUN/lora, and folded into RUN/model, unless they are of packed experts.
 One process, all its devices; docs/training.md has what changes with several hosts.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -29,8 +35,10 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from converter import convert
-from converter.errors import Different, Incomplete
 from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora
+from oss_model.errors import place_faults, raise_all
+from oss_model.exits import run_click
+from oss_model.lora import select
 from oss_model.params import is_orbax, parameter_name
 from oss_model.sharding import check
 from oss_model.shards import Checkpoint
@@ -60,38 +68,58 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     return mesh
 
 
-def same_run(file: Path, settings: dict) -> None:
-    """Note what this run is, or see that it is the one noted: a resumed run must be what it was."""
+def differences(file: Path, settings: dict) -> list[str]:
+    """What is other than in the run that is noted in `file`, a line each: a resumed run must be what it was."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1))
-        return
+        return place_faults(file.parent)
     before = json.loads(file.read_text())
-    faults = [
+    return [
         f"{file.parent}: expected {name} {before.get(name)!r} as when it began, found {value!r}; use another directory"
         for name, value in settings.items()
         if before.get(name) != value
     ]
-    if faults:
-        raise InputError(*faults)
 
 
-def converted(src: Path, base: Path, lora: bool) -> Path:
-    """An Orbax checkpoint of `src`: packed for LoRA where it can be, in float32 to train all of it; as it is, if it is one."""
-    if is_orbax(src):
-        return src
-    if not is_orbax(base):
-        convert(src, base, dtype="float32" if not lora else "mxfp4" if Checkpoint(src).layout.packed else "bfloat16")
-    return base
+def note(file: Path, settings: dict) -> None:
+    """Whole, or not at all: half a note would lock the directory."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(settings, indent=1))
+    os.replace(partial, file)
 
 
 def tokenize(text: Path, checkpoint: Path) -> np.ndarray:
     """int32 [tokens]: by the checkpoint's tokenizer, or, where it has none, the bytes themselves."""
-    if (checkpoint / "tokenizer.json").exists():
-        from tokenizers import Tokenizer  # pip install tokenizers
+    tokenizer = checkpoint / "tokenizer.json"
+    if not tokenizer.exists():
+        return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int32)
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{tokenizer}: expected the package tokenizers, to read it with, found none; pip install tokenizers"
+        ) from None
+    return np.array(Tokenizer.from_file(str(tokenizer)).encode(text.read_text("utf-8")).ids, np.int32)
 
-        return np.array(Tokenizer.from_file(str(checkpoint / "tokenizer.json")).encode(text.read_text("utf-8")).ids, np.int32)
-    return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int32)
+
+def text_faults(text: Path, tokens: np.ndarray, length: int, cfg: ModelConfig) -> list[str]:
+    faults = []
+    if len(tokens) <= length:
+        faults.append(f"{text}: expected more than {length} tokens (--length), found {len(tokens)}")
+    if length > cfg.max_position_embeddings:
+        faults.append(f"--length: expected at most {cfg.max_position_embeddings} (max_position_embeddings), found {length}")
+    if len(tokens) and tokens.max() >= cfg.vocab_size:
+        faults.append(f"{text}: expected tokens from 0 to {cfg.vocab_size - 1}, found {tokens.max()}; is it that tokenizer?")
+    return faults
+
+
+def check_rules(cfg: ModelConfig, lora: tuple[str, ...], rank: int, chosen: str) -> None:
+    """Raise for rules that match nothing, on a model without values."""
+    model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+    if lora:
+        select(model, lora, rank)
+    elif not nnx.to_flat_state(nnx.state(model, Matching(chosen))):
+        raise InputError(f"--train {chosen!r}: expected to match a parameter such as norm.scale, found none")
 
 
 def batch_of(tokens: np.ndarray, step: int, batch: int, length: int) -> np.ndarray:
@@ -136,9 +164,13 @@ def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: j
         for step in range(done + 1, steps + 1):
             tokens = batches(step)
             params, moments, loss = train_step(params, moments, frozen, tokens)
-            if step % 10 == 0 or step in (done + 1, steps):
-                speed = (step - done) * tokens.size / (time.perf_counter() - start)
-                click.echo(f"step {step:5}   loss {float(loss):.4f}   {speed:,.0f} tokens/s")
+            if step == done + 1:  # which is compiled first
+                click.echo(f"step {step:5}   loss {float(loss):.4f}   {time.perf_counter() - start:.1f} s, compiling included")
+                start = time.perf_counter()
+            elif step % 10 == 0 or step == steps:
+                loss = float(loss)  # waits for it
+                speed = (step - done - 1) * tokens[:, 1:].size / (time.perf_counter() - start)
+                click.echo(f"step {step:5}   loss {loss:.4f}   {speed:,.0f} tokens/s")
             manager.save(step, args=ocp.args.StandardSave({"params": params, "moments": moments}), force=step == steps)
         manager.wait_until_finished()
     return nnx.merge(graphdef, params, frozen)
@@ -187,49 +219,55 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
 def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, remat):
     devices = make_mesh(mesh)
+    source = None if is_orbax(src) else Checkpoint(src)
+    if source is not None:
+        source.shards.close()
+    cfg = ModelConfig.from_json(src / "config.json") if source is None else source.cfg
+    # Experts stay packed for LoRA; what is trained is held in float32, where small steps are not rounded away.
+    cfg = dataclasses.replace(cfg, dtype=np.dtype(compute), remat=remat, param_dtype=None if lora else "float32")
+    check_rules(cfg, lora, rank, chosen)
+    tokens = tokenize(text, src)
     what = {"source": str(src.resolve()), "text": str(text.resolve()), "lora": list(lora), "rank": rank, "train": chosen}
     how = {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute}
-    same_run(run / "run.json", what | how)
+    raise_all([*text_faults(text, tokens, length, cfg), *differences(run / "run.json", what | how)])
 
-    base = converted(src, run / "base", bool(lora))
-    tokens = tokenize(text, base)
-    if len(tokens) <= length:
-        raise InputError(f"{text}: expected more than {length} tokens (--length), found {len(tokens)}")
+    note(run / "run.json", what | how)
+    with resumable():
+        base = src if source is None else run / "base"
+        if not is_orbax(base):
+            convert(src, base, dtype="mxfp4" if source.layout.packed else "bfloat16")
+        model = create_model_from_checkpoint(base, cfg, devices)
+        if lora:
+            names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
+        else:
+            names, trained = [path for path, _ in nnx.to_flat_state(nnx.state(model, Matching(chosen)))], Matching(chosen)
+        count = sum(a.size for a in jax.tree.leaves(nnx.state(model, trained)))
+        click.echo(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(devices.shape)}")
 
-    cfg = dataclasses.replace(ModelConfig.from_json(base / "config.json"), dtype=np.dtype(compute), remat=remat)
-    model = create_model_from_checkpoint(base, cfg, devices)
-    if lora:
-        names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
-    else:
-        if model.cfg.param_dtype != "float32":  # small updates would be rounded away
-            raise InputError(f"{base}: expected float32 parameters, found {model.cfg.param_dtype}; convert-oss --dtype float32")
-        names, trained = [path for path, _ in nnx.to_flat_state(nnx.state(model, Matching(chosen)))], Matching(chosen)
-        if not names:
-            raise InputError(f"--train {chosen!r}: expected to match a parameter such as norm.scale, found none")
-    count = sum(a.size for a in jax.tree.leaves(nnx.state(model, trained)))
-    click.echo(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(devices.shape)}")
+        def batches(step: int) -> np.ndarray:
+            return batch_of(tokens, step, batch, length)
 
-    def batches(step: int) -> np.ndarray:
-        return batch_of(tokens, step, batch, length)
+        model = train(model, trained, batches, steps, learning_rate, devices, run / "steps", save_every)
+        if lora:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save((run / "lora").absolute(), nnx.state(model, nnx.LoRAParam), force=True)
+            click.echo(f"updates: {run / 'lora'}")
+            if model.cfg.param_dtype == "mxfp4" and any(name.endswith(("gate_up", "down")) for name in names):
+                return  # packed experts cannot take theirs
+            merge_lora(model)
+        save(model, base, run / "model")
+        click.echo(f"model: {run / 'model'}")
 
-    model = train(model, trained, batches, steps, learning_rate, devices, run / "steps", save_every)
-    if lora:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((run / "lora").absolute(), nnx.state(model, nnx.LoRAParam), force=True)
-        click.echo(f"updates: {run / 'lora'}")
-        if model.cfg.param_dtype == "mxfp4" and any(name.endswith(("gate_up", "down")) for name in names):
-            return  # packed experts cannot take theirs
-        merge_lora(model)
-    save(model, base, run / "model")
-    click.echo(f"model: {run / 'model'}")
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "the same command goes on from where it stopped, and from the last step that was saved"
+        ) from None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        click.echo("\n".join(e.faults), err=True)
-        raise SystemExit(2) from None
-    except (Different, Incomplete) as e:
-        click.echo(str(e), err=True)
-        raise SystemExit(1 if isinstance(e, Different) else 3) from None
+    sys.exit(run_click(main, "finetune.py"))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,8 +114,8 @@ def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_pa
     done = subprocess.run(command(source, text, tmp_path / "run", *other), capture_output=True, text=True)
     assert done.returncode == 2
     assert [line.split(" as when")[0] for line in done.stderr.splitlines()] == [
-        f"{tmp_path / 'run'}: expected lora {rules!r}",
-        f"{tmp_path / 'run'}: expected rank 16",
+        f"error: {tmp_path / 'run'}: expected lora {rules!r}",
+        f"error: {tmp_path / 'run'}: expected rank 16",
     ]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/model").exists()
@@ -131,27 +132,83 @@ def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_pa
 def test_nothing_is_converted_before_the_options_are_good(source, text, tmp_path):
     done = subprocess.run(command(source, text, tmp_path / "run", "--mesh", "data=1"), capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "mesh: expected axes named expert, fsdp, tensor, found 'data'\n"
+    assert done.stderr == "error: mesh: expected axes named expert, fsdp, tensor, found 'data'\n"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ([], "expected float32 parameters, found mxfp4; convert-oss --dtype float32"),
+        (["--train", "router"], "--train 'router': expected to match a parameter such as norm.scale, found none"),
         (["--train", "("], "'(' is no regular expression"),
         (["--steps", "0"], "0 is not in the range x>=1"),
         (["--mesh", "fsdp=1,fsdp=1"], "--mesh: expected sizes that multiply to 8 devices, found fsdp=1,fsdp=1"),
+        (["--lora", "nothing"], "LoRA rule 'nothing': expected to match a linear map, found no match; there are "),
         (["--lora", ".*router"], "LoRA rule '.*router': expected more than the router"),
         (["--length", "100000"], "expected more than 100000 tokens (--length), found"),
+        (["--length", "5000"], "--length: expected at most 4096 (max_position_embeddings), found 5000"),
         (["--mesh", "fsdp"], "--mesh: expected axes and sizes such as fsdp=4,expert=2, found 'fsdp'"),
         (["--mesh", "fsdp=3"], "--mesh: expected sizes that multiply to 8 devices, found fsdp=3"),
     ],
 )
-def test_bad_input_is_one_line(options, fault, checkpoints, text, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing(options, fault, sources, text, tmp_path):
     """In this process, which has 8 devices; what the script makes of an `InputError` is in the tests above."""
-    result = CliRunner().invoke(
-        SCRIPT_MODULE.main, [*map(str, (checkpoints["mxfp4"], text, tmp_path / "run")), *FAST, *options]
-    )
+    result = CliRunner().invoke(SCRIPT_MODULE.main, [*map(str, (sources["hf"], text, tmp_path / "run")), *FAST, *options])
     assert result.exit_code != 0
     assert fault in (str(result.exception) if isinstance(result.exception, InputError) else result.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_call_does_not_lock_the_directory(sources, text, tmp_path):
+    """Whatever is wrong is said at once, the run's directory included."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"source": "elsewhere"}')
+    given = [*map(str, (sources["hf"], text, run)), *FAST, "--length", "100000"]
+    with pytest.raises(InputError) as caught:
+        SCRIPT_MODULE.main.main(given, standalone_mode=False)
+    first, *_, last = caught.value.faults
+    assert first.startswith(f"{text}: expected more than 100000 tokens")
+    assert "expected compute None as when it began, found 'float32'; use another directory" in last
+    assert [file.name for file in run.iterdir()] == ["run.json"]
+
+
+def test_a_tokenizer_without_its_package_is_one_line(sources, text, tmp_path, monkeypatch):
+    source = shutil.copytree(sources["hf"], tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        InputError, match="expected the package tokenizers, to read it with, found none; pip install tokenizers"
+    ):
+        SCRIPT_MODULE.main.main([*map(str, (source, text, tmp_path / "run")), *FAST], standalone_mode=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_another_models_tokenizer_are_refused(cfg, text):
+    faults = SCRIPT_MODULE.text_faults(text, np.array([1, 509, 3]), 2, cfg)
+    assert faults == [f"{text}: expected tokens from 0 to 508, found 509; is it that tokenizer?"]
+
+
+def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path):
+    run = tmp_path / "run"
+    began = subprocess.Popen(
+        command(source, text, run, "--steps", "100000", "--lora", ATTENTION), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "steps").is_dir():
+        assert began.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    began.send_signal(signal.SIGINT)
+    _, said = began.communicate(timeout=60)
+    assert began.returncode == 130
+    assert said.splitlines()[-1].startswith("error: interrupted; the same command goes on from where it stopped")
+    assert "Traceback" not in said
+
+
+def test_speed_is_measured_after_compiling(source, text, tmp_path):
+    output = finetune(source, text, tmp_path / "run", "--steps", "3", "--lora", ATTENTION)
+    first, last = [line for line in output.splitlines() if line.startswith("step ")]
+    assert first.endswith(" s, compiling included")
+    assert "tokens/s" not in first
+    assert last.endswith("tokens/s")
