@@ -13,7 +13,7 @@ from converter.chunks import Reader
 from converter.destination import Destination
 from converter.errors import Different, Incomplete
 from converter.journal import Hashes, Journal
-from converter.manifest import fingerprint, make_manifest
+from converter.manifest import fingerprint, make_manifest, read_finished
 from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
 from converter.source import companions, open_source
@@ -98,29 +98,25 @@ def convert(
         workspace = Workspace(destination.partial, process)
         run = Run(checkpoint, plan, workspace, progress, stop)
         before = fingerprint(checkpoint, dtype)
-        tidied = False
-        if destination.only_tidying_left(before):
-            finished = tidied = True
-            workspace.lock()
-            workspace.clear()
-            workspace.leave()
-        else:
-            destination.check(checkpoint.directory, overwrite)
-            workspace.check()
-            load_orbax()  # before memory is measured, for it is most of it
-            run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
-            try:
+        try:
+            tidied = destination.take_up(workspace) and (read_finished(destination.path) or {}).get("fingerprint") == before
+            if not tidied:
+                destination.check(checkpoint.directory, overwrite)
+                workspace.check()
+                load_orbax()  # before memory is measured, for it is most of it
+                run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
                 workspace.lock()
                 destination.check(checkpoint.directory, overwrite)  # once more: another process may have finished
                 workspace.begin(before, restart=overwrite)
                 if run.stream():
                     run.finish(before, verify)
+                    destination.check(checkpoint.directory, overwrite)  # once more: that may have taken hours
                     destination.finish(workspace)
-                finished = not workspace.checkpoint.exists()  # by this process, or by another
-            except OSError as error:
-                raise _incomplete(error, workspace) from error
-            finally:
-                workspace.leave()
+            finished = tidied or not workspace.checkpoint.exists()  # by this process, or by another
+        except OSError as error:
+            raise _incomplete(error, workspace) from error
+        finally:
+            workspace.leave()
     return Result(
         status=("resumed" if tidied or run.kept else "complete") if finished else "share-written",
         source=str(Path(src).resolve()),

@@ -1,9 +1,11 @@
 """DST: what may be there already, and how the finished checkpoint gets there in one step."""
 
 import os
+import shutil
 from pathlib import Path
 
-from converter.manifest import known_files, read_finished
+from converter.manifest import known_files, manifest_hash, read_finished
+from converter.places import exchange
 from converter.store import MANIFEST, sync
 from converter.workspace import Workspace
 from oss_model.errors import InputError
@@ -61,18 +63,70 @@ class Destination:
                   for name in sorted(strange))
             )  # fmt: skip
 
-    def only_tidying_left(self, fingerprint: dict) -> bool:
-        """Whether an earlier run of the same conversion was cut off after it had put the checkpoint in its place."""
-        workspace = Workspace(self.partial)
-        if not workspace.is_ours() or workspace.checkpoint.exists():
-            return False
-        return (read_finished(self.path) or {}).get("fingerprint") == fingerprint
-
     def finish(self, workspace: Workspace) -> None:
-        """Put the checkpoint, which is whole and synced, in its place."""
-        if not self._is_empty():
-            self.path.rename(workspace.directory / "replaced")
-        workspace.checkpoint.rename(self.path)
+        """Put the checkpoint, which is whole and synced, in its place; what is there is exchanged for it, or set aside.
+
+        What is to happen is noted before anything is renamed, so that `take_up` can end it after a kill.
+        """
+        if workspace.replaced.exists():  # of an earlier --overwrite, whose new checkpoint is what is at DST
+            shutil.rmtree(workspace.replaced)
+        workspace.note_placing({"new": manifest_hash(workspace.checkpoint), "old": manifest_hash(self.path)})
+        self._place(workspace)
+
+    def take_up(self, workspace: Workspace) -> bool:
+        """End what an earlier run was cut off at while it put its checkpoint in its place. Returns whether it is there now.
+
+        Where that cannot be ended, because the new checkpoint is not whole any more, the old one goes back.
+
+        Raises:
+          InputError: if something else is in the way; everything is left as it is.
+        """
+        if not workspace.is_ours():
+            return False
+        under_way = workspace.placing() or workspace.replaced.exists()
+        if not under_way and (workspace.checkpoint.exists() or manifest_hash(self.path) is None):
+            return False
+        workspace.lock()
+        try:
+            with workspace.finishing():
+                return self._take_up(workspace)
+        finally:
+            workspace.leave()
+
+    def _take_up(self, workspace: Workspace) -> bool:
+        note, here = workspace.placing(), manifest_hash(self.path)
+        if note is None and here and not workspace.checkpoint.exists():
+            workspace.tidy()
+            return True
+        if note and here == note["new"]:
+            self._end(workspace)
+            return True
+        if here is None and not self._is_empty():
+            raise InputError(
+                f"{self.path}: expected the place of a checkpoint, found other files in it; move them away, and the same "
+                f"command goes on (what belongs there is whole, in {workspace.directory})"
+            )
+        if note and here in (None, note["old"]) and manifest_hash(workspace.checkpoint) == note["new"]:
+            self._place(workspace)
+            return True
+        if here is None and workspace.replaced.exists():
+            workspace.replaced.rename(self.path)
+            sync(workspace.directory)
+            sync(self.path.parent)
+        if note:
+            workspace.note_placing(None)
+        return False
+
+    def _place(self, workspace: Workspace) -> None:
+        if self._is_empty() or not exchange(workspace.checkpoint, self.path):
+            if not self._is_empty():
+                self.path.rename(workspace.replaced)
+            workspace.checkpoint.rename(self.path)
+        self._end(workspace)
+
+    def _end(self, workspace: Workspace) -> None:
+        """What is left to do once the checkpoint is in its place."""
+        sync(workspace.directory)
         sync(self.path.parent)
         workspace.clear()
 

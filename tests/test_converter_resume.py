@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from converter import conversion, convert, store
+from converter import conversion, convert, destination, store
 from converter.errors import Different, Incomplete
 from converter.store import Store
 from converter.workspace import MARK, Workspace
@@ -284,17 +284,14 @@ def test_a_damaged_manifest_proves_nothing(small, small_out, tmp_path):
         convert(small, out, overwrite=True)
 
 
-@pytest.mark.parametrize("moment", ["before the last rename", "before tidying", "while tidying"])
+@pytest.mark.parametrize("moment", ["before tidying", "while tidying"])
 def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
     convert(hf, tmp_path / "out", "mxfp4")  # replaced below: the old one must not be lost before the new one is there
 
     def dies(*args, **kwargs):
         raise KeyboardInterrupt
 
-    if moment == "before the last rename":
-        rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda self, to: dies() if self.name == "checkpoint" else rename(self, to))
-    elif moment == "before tidying":
+    if moment == "before tidying":
         clear = Workspace.clear
         monkeypatch.setattr(Workspace, "clear", lambda self: clear(self) if self._state() is None else dies())
     else:
@@ -307,6 +304,138 @@ def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
     assert result.bytes_written == 0
     assert contents(tmp_path / "out") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Make the process die just before, or just after, the n-th rename or exchange below a directory (n from 0)."""
+
+    def install(below: Path, number: int, after: bool, exchange: bool = True) -> list[str]:
+        seen = []
+
+        def dying(function, does_nothing=False):
+            def rename(one, other, **options):
+                if below not in Path(one).parents or does_nothing:
+                    return function(one, other, **options)
+                seen.append(f"{Path(one).relative_to(below)} -> {Path(other).relative_to(below)}")
+                if len(seen) <= number:
+                    return function(one, other, **options)
+                if after and len(seen) == number + 1:
+                    function(one, other, **options)
+                raise Killed
+
+            return rename
+
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, dying(getattr(os, name)))
+        found = destination.exchange if exchange else lambda one, other: False
+        monkeypatch.setattr(destination, "exchange", dying(found, does_nothing=not exchange))
+        return seen
+
+    yield install
+    monkeypatch.undo()
+
+
+def checkpoints_below(directory: Path) -> list[dict[str, bytes]]:
+    """What `contents` says of everything below that looks finished."""
+    return [contents(path.parent) for path in directory.rglob("conversion.json") if (path.parent / "_METADATA").exists()]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_killed_at_any_rename_one_of_the_two_is_whole_and_a_rerun_ends_it(
+    small, small_whole, small_out, tmp_path, kill, monkeypatch, exchange, after
+):
+    out, old = tmp_path / "out", contents(small_out)
+    for number in range(20):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(small_out, out)
+        seen = kill(tmp_path, number, after, exchange)
+        try:
+            convert(small, out, overwrite=True, verify=False)
+            died = False
+        except Killed:
+            died = True
+        monkeypatch.undo()
+        assert any(found in (old, small_whole) for found in checkpoints_below(tmp_path)), seen
+        if not died:
+            break
+        if number % 2:  # by another command, which must not lose anything either
+            with pytest.raises(InputError, match="found a finished checkpoint; give another name, or --overwrite"):
+                convert(small, out, "mxfp4", verify=False)
+            assert contents(out) in (old, small_whole)
+        convert(small, out, overwrite=True, verify=False)
+        assert contents(out) == small_whole, seen
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], seen
+    steps = ["out.partial/checkpoint -> out"] if exchange else ["out -> out.partial/replaced", "out.partial/checkpoint -> out"]
+    assert seen[-len(steps) :] == steps
+    assert number == len(seen)
+
+
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_the_old_checkpoint_goes_back_where_the_new_one_is_gone(
+    small, small_out, small_whole, tmp_path, kill, monkeypatch, spoilt
+):
+    """Between two renames of a version that noted nothing; or where a hand has been at the new one since."""
+    out, partial = Path(shutil.copytree(small_out, tmp_path / "out")), tmp_path / "out.partial"
+    kill(tmp_path, 4, False, exchange=False)
+    with pytest.raises(Killed):
+        convert(small, out, overwrite=True, verify=False)
+    monkeypatch.undo()
+    assert not out.exists()
+    if spoilt:
+        (partial / "checkpoint" / "_METADATA").unlink()
+    else:
+        state = json.loads((partial / "state.json").read_text())
+        del state["placing"]
+        (partial / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="found a finished checkpoint; give another name, or --overwrite"):
+        convert(small, out)
+    assert contents(out) == contents(small_out)
+    assert convert(small, out, overwrite=True).status == "resumed"
+    assert contents(out) == small_whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_has_come_in_the_way_since_is_left_alone(small, small_out, small_whole, tmp_path, kill, monkeypatch):
+    out = Path(shutil.copytree(small_out, tmp_path / "out"))
+    kill(tmp_path, 4, False, exchange=False)
+    with pytest.raises(Killed):
+        convert(small, out, overwrite=True, verify=False)
+    monkeypatch.undo()
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError) as caught:
+        convert(small, out, overwrite=True)
+    assert str(caught.value) == (
+        f"{out}: expected the place of a checkpoint, found other files in it; move them away, and the same command goes on "
+        f"(what belongs there is whole, in {out}.partial)"
+    )
+    assert (out / "thesis.tex").read_text() == "years of work"
+    shutil.rmtree(out)
+    assert convert(small, out, overwrite=True).status == "resumed"
+    assert contents(out) == small_whole
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_comes_to_the_destination_while_the_conversion_runs_is_left_alone(small, small_out, tmp_path, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        shutil.copytree(small_out, out)
+
+    def put(progress):
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(InputError, match=r"move it away|found one with other files in it"):
+        convert(small, out, progress=put, overwrite=overwrite)
+    assert (out / "thesis.tex").read_text() == "years of work"
+    (out / "thesis.tex").unlink()
+    assert convert(small, out, overwrite=overwrite).status == "resumed"
 
 
 # --- processes that are killed ----------------------------------------------------------------------------------
