@@ -10,6 +10,7 @@ import numpy as np
 
 from converter.chunks import Reader
 from converter.conversion import Counter, Progress
+from converter.destination import Destination
 from converter.manifest import FORMAT, file_hash, read_manifest, tree_hash
 from converter.plan import Chunk, Plan, Target, make_plan
 from converter.source import companions, open_source
@@ -60,7 +61,7 @@ def verify_checkpoint(
     if manifest["format"] != FORMAT:
         raise InputError(f"{directory}: {MANIFEST}: expected format {FORMAT}, found {manifest['format']}; use a newer version")
     plan = Plan(manifest["dtype"], tuple(_target(name, entry) for name, entry in manifest["tensors"].items()))
-    differences = _files(directory, manifest, plan)
+    differences = _files(directory, manifest)
     if src is None:
         differences += _chunks(directory, manifest, plan, None, progress)
     else:
@@ -97,7 +98,7 @@ def _with_sources(plan: Plan, anew: Plan) -> Plan:
     return Plan(plan.dtype, tuple(targets))
 
 
-def _files(directory: Path, manifest: dict, plan: Plan) -> list[str]:
+def _files(directory: Path, manifest: dict) -> list[str]:
     """Files that are missing, changed, or should not be there; chunks are looked into by `_chunks`."""
     differences = []
     for name, expected in manifest["files"].items():
@@ -106,12 +107,8 @@ def _files(directory: Path, manifest: dict, plan: Plan) -> list[str]:
             differences.append(f"{directory}: {name}: missing; copy it again")
         elif file_hash(path.read_bytes()) != expected:
             differences.append(f"{directory}: {name}: its bytes do not match their hash in {MANIFEST}; copy it again")
-    known = {MANIFEST, *manifest["files"], *(chunk.path for chunk in plan.chunks)}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if not path.is_dir() and name not in known:
-            differences.append(f"{directory}: {name}: not in {MANIFEST}; move it away")
-    return differences
+    unknown = Destination(directory).unknown_files(manifest)
+    return differences + [f"{directory}: {name}: not in {MANIFEST}; move it away" for name in unknown]
 
 
 def _companions(directory: Path, checkpoint: Checkpoint) -> list[str]:

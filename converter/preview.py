@@ -9,6 +9,7 @@ from converter.preflight import DISK_RATE, estimate_seconds, measure
 from converter.source import open_source
 from converter.store import load_orbax
 from converter.workspace import Workspace
+from oss_model.errors import InputError
 
 
 @dataclasses.dataclass
@@ -22,6 +23,7 @@ class Preview:
     chunks: int
     bytes_read: int
     bytes_written: int
+    work_directory: str  # where it is written until it is whole
     space_needed: int
     space_free: int
     memory: int  # resident bytes at the most
@@ -46,8 +48,13 @@ def preview(
     checkpoint = open_source(src, dtype)
     with checkpoint.shards:
         plan = make_plan(checkpoint, dtype)
-        destination.check(checkpoint.directory, overwrite)
         workspace = Workspace(destination.partial)
+        if destination.is_under_way(workspace):
+            raise InputError(
+                f"{workspace.directory}: expected no conversion that is being put in its place, found one that was cut off; "
+                "convert-oss without --dry-run ends that first"
+            )
+        destination.check(checkpoint.directory, overwrite)
         workspace.check()
         load_orbax()
         needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
@@ -59,6 +66,7 @@ def preview(
             chunks=len(plan.chunks),
             bytes_read=sum(tensor.nbytes for tensor in checkpoint.shards.tensors.values()),
             bytes_written=plan.nbytes,
+            work_directory=str(workspace.directory.resolve()),
             space_needed=needs.space_needed,
             space_free=needs.space_free,
             memory=needs.memory,
@@ -79,6 +87,7 @@ def describe(found: Preview) -> str:
         "",
         f"{found.source_layout} -> {found.dtype}: {found.tensors} tensors in {found.chunks} chunks",
         f"reads {found.bytes_read:,} bytes, writes {found.bytes_written:,} bytes",
+        f"works in {found.work_directory} until all is whole",
         f"needs {found.space_needed:,} bytes of disk, {found.space_free:,} are free",
         f"takes up to {found.memory >> 20} MiB of memory",
         f"takes about {found.seconds:.0f} s where the disk writes {DISK_RATE / 1e9:.0f} GB/s, without verification",

@@ -1,11 +1,11 @@
-"""`DST.partial`: an unfinished conversion, and who may work on it.
+"""`DST.partial`, or `convert-oss.partial` inside DST: an unfinished conversion, and who may work on it.
 
 lock              says in writing that the directory is ours; held by the processes at work, and by none that died
 lock.I-of-N       held by process I; lock.finish: by the one that finishes
 state.json        what is being converted, to what: see `converter.manifest.fingerprint`; and `placing`: see `note_placing`
 journal.I-of-N    chunks that are written, with their hashes
 done.I-of-N       process I has written its share
-checkpoint/       becomes DST
+checkpoint/       becomes DST, or its entries move into DST
 replaced/         what was at DST, with --overwrite, until the new checkpoint is there
 
 Nothing is ever removed but these, and only where the lock's text, or a state.json of ours, proves that we wrote them.
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from converter.journal import Hashes, Journal, read_journals
 from converter.store import sync, write_file
-from oss_model.errors import InputError
+from oss_model.errors import InputError, place_faults, raise_all
 
 MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
 LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")
@@ -43,8 +43,9 @@ class Workspace:
     def check(self) -> None:
         """
         Raises:
-          InputError: if there is something else where the unfinished conversion would go.
+          InputError: if there is something else where the unfinished conversion would go, or if it cannot be written there.
         """
+        raise_all(place_faults(self.directory))
         if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
             raise InputError(f"{self.directory}: expected room for the unfinished conversion, found a file; move it away")
         names = self._names()

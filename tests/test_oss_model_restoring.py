@@ -130,10 +130,10 @@ def test_a_process_with_too_little_memory_says_so(checkpoints, tmp_path):
 
 
 def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpoints, sources, tmp_path, caplog):
-    places = {name: tmp_path / name for name in ("nothing", "file", "empty", "others", "above", "new")}
+    places = {name: tmp_path / name for name in ("nothing", "file", "empty", "others", "above", "new", "volume")}
     places["file"].write_text("")
-    for name in ("empty", "others", "above", "new.partial"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "others", "above", "new.partial", "volume/convert-oss.partial"):
+        (tmp_path / name).mkdir(parents=True)
     for name in "abcd":
         (places["others"] / name).touch()
     (places["above"] / "default").symlink_to(checkpoints["bfloat16"])
@@ -145,6 +145,7 @@ def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpo
         "others": "other files (a, b, c and 1 more); give another, or make one with convert-oss",
         "above": f"some in directories of it; give one: {places['above']}/default",
         "new": f"nothing, and an unfinished conversion in {tmp_path}/new.partial: run the same convert-oss again",
+        "volume": f"an unfinished conversion in {tmp_path}/volume/convert-oss.partial: run the same convert-oss again",
         "safetensors": f"safetensors; convert them first: convert-oss {sources['hf']} DST",
     }
     for name, path in places.items():
