@@ -6,19 +6,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from converter.chunks import Reader
-from converter.conversion import Counter, Progress
 from converter.destination import Destination
-from converter.manifest import FORMAT, file_hash, read_manifest, tree_hash
-from converter.plan import Chunk, Plan, Target, make_plan
+from converter.manifest import FORMAT, file_hash, read_manifest, stored_target, tree_hash
+from converter.plan import Chunk, Plan, make_plan
+from converter.progress import Counter, Progress
 from converter.source import companions, open_source
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import check_buffer, check_chunk, from_disk
 from oss_model.errors import InputError
-from oss_model.layouts import BFLOAT16
 from oss_model.shards import Checkpoint
 
 
@@ -60,7 +57,7 @@ def verify_checkpoint(
         return Audit("fail", str(directory), str(src) if src else None, 0, 0, [line], time.perf_counter() - start)
     if manifest["format"] != FORMAT:
         raise InputError(f"{directory}: {MANIFEST}: expected format {FORMAT}, found {manifest['format']}; use a newer version")
-    plan = Plan(manifest["dtype"], tuple(_target(name, entry) for name, entry in manifest["tensors"].items()))
+    plan = Plan(manifest["dtype"], tuple(stored_target(name, entry) for name, entry in manifest["tensors"].items()))
     differences = _files(directory, manifest)
     if src is None:
         differences += _chunks(directory, manifest, plan, None, progress)
@@ -80,12 +77,6 @@ def verify_checkpoint(
         differences=differences,
         seconds=round(time.perf_counter() - start, 3),
     )
-
-
-def _target(name: str, entry: dict) -> Target:
-    """A tensor of the manifest, without its sources."""
-    dtype = BFLOAT16 if entry["dtype"] == "bfloat16" else np.dtype(entry["dtype"])
-    return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], ())
 
 
 def _with_sources(plan: Plan, anew: Plan) -> Plan:

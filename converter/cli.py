@@ -53,7 +53,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
     content. DST is a new or empty directory; it is written beside it, in DST.partial, and takes its place when all of it
     is whole. Where DST is a mount point, or the directory above it cannot be written, it is written inside DST, in
     convert-oss.partial, and moved up when it is whole, what completes it last. Run the same command again to take up a
-    conversion that was interrupted.
+    conversion that was interrupted; where it is complete, and the source has not changed, that says so and does nothing.
 
     Example:
 
@@ -115,7 +115,7 @@ def _say(result, verbose: bool) -> None:
         click.echo(f"{result.destination}: this process's share is written, the last process finishes", err=True)
     else:
         checked = ", verified" if result.verified else ""
-        click.echo(f"{result.destination}: {result.status}, {result.tensors} tensors{checked}", err=True)
+        click.echo(f"{result.destination}: {result.status.replace('-', ' ')}, {result.tensors} tensors{checked}", err=True)
     if verbose:
         click.echo(
             f"{result.source_layout} -> {result.dtype}: {result.chunks} chunks, {result.bytes_read:,} bytes read, "

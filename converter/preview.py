@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+import threading
 
 from converter.destination import Destination
+from converter.finished import is_complete
+from converter.manifest import fingerprint
 from converter.plan import Plan, Target, make_plan
-from converter.preflight import DISK_RATE, estimate_seconds, measure
+from converter.preflight import DISK_RATE, Needs, estimate_seconds, free_space, measure
 from converter.source import open_source
 from converter.store import load_orbax
 from converter.workspace import Workspace
@@ -16,7 +19,7 @@ from oss_model.errors import InputError
 class Preview:
     """`--dry-run --json` prints these fields."""
 
-    status: str  # "planned"
+    status: str  # "planned"; "already-complete": there is nothing to do
     source_layout: str
     dtype: str
     tensors: int
@@ -54,23 +57,29 @@ def preview(
                 f"{workspace.directory}: expected no conversion that is being put in its place, found one that was cut off; "
                 "convert-oss without --dry-run ends that first"
             )
-        destination.check(checkpoint.directory, overwrite)
-        workspace.check()
-        load_orbax()
-        needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
+        before, done = fingerprint(checkpoint, dtype), False
+        if not overwrite:
+            done = is_complete(destination.path, checkpoint, plan, before, lambda progress: None, threading.Event())
+        if done:
+            needs = Needs(0, free_space(destination.path), 0, 1)
+        else:
+            destination.check(checkpoint.directory, overwrite)
+            workspace.check()
+            load_orbax()
+            needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
         return Preview(
-            status="planned",
+            status="already-complete" if done else "planned",
             source_layout=checkpoint.layout.name,
             dtype=dtype,
             tensors=len(plan.targets),
             chunks=len(plan.chunks),
-            bytes_read=sum(tensor.nbytes for tensor in checkpoint.shards.tensors.values()),
-            bytes_written=plan.nbytes,
+            bytes_read=0 if done else sum(tensor.nbytes for tensor in checkpoint.shards.tensors.values()),
+            bytes_written=0 if done else plan.nbytes,
             work_directory=str(workspace.directory.resolve()),
             space_needed=needs.space_needed,
             space_free=needs.space_free,
             memory=needs.memory,
-            seconds=round(estimate_seconds(checkpoint, plan, needs.workers), 1),
+            seconds=0.0 if done else round(estimate_seconds(checkpoint, plan, needs.workers), 1),
             plan=_rows(plan),
         )
 
@@ -83,9 +92,10 @@ def describe(found: Preview) -> str:
         how = f"decoded, {row['pattern']}" if len(row["from"]) > 1 else row["pattern"]
         size = f"{row['dtype']} {row['shape']}, {row['chunks']} chunks, {row['bytes']:,} bytes"
         lines += [f"    {how}", f"    -> {row['to']}: {size}"]
+    lines += ["", f"{found.source_layout} -> {found.dtype}: {found.tensors} tensors in {found.chunks} chunks"]
+    if found.status == "already-complete":
+        return "\n".join([*lines, "already complete: there is nothing to do"])
     lines += [
-        "",
-        f"{found.source_layout} -> {found.dtype}: {found.tensors} tensors in {found.chunks} chunks",
         f"reads {found.bytes_read:,} bytes, writes {found.bytes_written:,} bytes",
         f"works in {found.work_directory} until all is whole",
         f"needs {found.space_needed:,} bytes of disk, {found.space_free:,} are free",
