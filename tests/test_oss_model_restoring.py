@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxlib
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from oss_model import InputError, ModelConfig, create_model_from_checkpoint
+from oss_model import InputError, ModelConfig, create_model_from_checkpoint, memory
 from oss_model.errors import OutOfMemory
 from oss_model.params import stored_parameters
 from oss_model.restoring import restoring
@@ -181,6 +182,17 @@ def test_damaged_metadata_is_named(checkpoints, tmp_path, file, content, said, c
     assert line.startswith(f"{path}: expected a whole checkpoint, found one that cannot be read ({said}")
     assert line.endswith("): try verify-oss")
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1 << 10)])
+def test_the_peak_is_in_bytes_where_there_is_no_proc(monkeypatch, platform, unit):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1_000_000))
+    assert memory.peak_rss() == 1_000_000 * unit
 
 
 def test_sizes_and_limits_are_told():
