@@ -14,7 +14,7 @@ from converter.progress import Counter, Progress
 from converter.source import companions, open_source
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk, from_disk
+from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from oss_model.errors import InputError
 from oss_model.shards import Checkpoint
 
@@ -137,13 +137,14 @@ def _chunks(
 
         return check
 
-    differences, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
+    wrong, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
     with interruptible() as stop:
         for chunk, digest, line in in_threads(checker, from_disk(directory, plan.chunks), stop=stop):
             digests[chunk.path] = digest
-            differences += [line] if line else []
+            wrong += [(chunk, line)] if line else []
             show.add(chunk)
         stop_here(stop)
+    differences = a_line_a_tensor(directory, wrong)
     for target in plan.targets:
         found = [digests[chunk.path] for chunk in target.chunks()]
         if all(found) and tree_hash(found) != manifest["tensors"][target.name]["hash"]:

@@ -21,7 +21,7 @@ from converter.progress import Counter, Progress
 from converter.source import companions, open_source
 from converter.store import MANIFEST, Store, load_orbax, sync, write_file
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk, from_disk
+from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError, meaning, system_error
@@ -268,15 +268,15 @@ class Run:
 
             return check
 
-        show, differences = Counter("verifying", self.plan.chunks, self._progress), []
+        show, wrong = Counter("verifying", self.plan.chunks, self._progress), []
         for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
             if line:
-                differences.append(line)
+                wrong.append((chunk, line))
                 (self.store.directory / chunk.path).unlink(missing_ok=True)  # so that whoever finishes next writes it
             show.add(chunk)
         stop_here(self.stop)
-        if differences:
-            raise Different(sorted(differences))
+        if wrong:
+            raise Different(a_line_a_tensor(self.store.directory, wrong))
 
 
 def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:
