@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from converter.plan import Chunk
+from converter.threads import still_wanted
 from oss_model import mxfp4
 from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
@@ -31,6 +32,7 @@ class Reader:
 
     def read(self, entry: Entry, rows: slice, use: str) -> np.ndarray:
         """Rows of the checkpoint's tensor, in the buffer for this `use`: valid until the next time."""
+        still_wanted()
         row = math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4)
         part = self.checkpoint.read(entry, rows, self.buffer(use, (rows.stop - rows.start) * row))
         self.bytes_read += part.nbytes
@@ -107,6 +109,7 @@ class Pieces:
 
     def _stored(self, values: np.ndarray) -> np.ndarray:
         """`values` as contiguous `target.dtype`. Exact: `open_source` has refused what would not be."""
+        still_wanted()
         if not values.flags.c_contiguous:
             values = _copy(values, self._out("contiguous", values.shape, values.dtype))
         if values.dtype == self._dtype:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from converter.plan import Chunk
-from oss_model.memory import rss
+from oss_model.memory import rss, size
 
 LINE_SECONDS = 10
 
@@ -95,8 +95,8 @@ def _lines() -> Show:
         rate = (progress.bytes_done - there) / (now - start) if now > start else 0
         left = f", {(progress.bytes_total - progress.bytes_done) / rate:.0f} s left" if rate and not whole else ""
         print(
-            f"{progress.phase}: {progress.bytes_done / 1e9:.2f} of {progress.bytes_total / 1e9:.2f} GB, "
-            f"{progress.tensors_done} of {progress.tensors_total} tensors, {rate / 1e9:.2f} GB/s{left}, {rss() >> 20} MiB",
+            f"{progress.phase}: {size(progress.bytes_done)} of {size(progress.bytes_total)}, "
+            f"{progress.tensors_done} of {progress.tensors_total} tensors, {size(rate)}/s{left}, {rss() >> 20} MiB",
             file=sys.stderr,
         )
 
