@@ -6,18 +6,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from converter.chunks import Reader
-from converter.conversion import Counter, Progress
-from converter.manifest import FORMAT, file_hash, read_manifest, tree_hash
-from converter.plan import Chunk, Plan, Target, make_plan
+from converter.destination import Destination
+from converter.manifest import FORMAT, file_hash, read_manifest, stored_target, tree_hash
+from converter.plan import Chunk, Plan, make_plan
+from converter.progress import Counter, Progress
 from converter.source import companions, open_source
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk, from_disk
+from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from oss_model.errors import InputError
-from oss_model.layouts import BFLOAT16
 from oss_model.shards import Checkpoint
 
 
@@ -59,8 +57,8 @@ def verify_checkpoint(
         return Audit("fail", str(directory), str(src) if src else None, 0, 0, [line], time.perf_counter() - start)
     if manifest["format"] != FORMAT:
         raise InputError(f"{directory}: {MANIFEST}: expected format {FORMAT}, found {manifest['format']}; use a newer version")
-    plan = Plan(manifest["dtype"], tuple(_target(name, entry) for name, entry in manifest["tensors"].items()))
-    differences = _files(directory, manifest, plan)
+    plan = Plan(manifest["dtype"], tuple(stored_target(name, entry) for name, entry in manifest["tensors"].items()))
+    differences = _files(directory, manifest)
     if src is None:
         differences += _chunks(directory, manifest, plan, None, progress)
     else:
@@ -81,12 +79,6 @@ def verify_checkpoint(
     )
 
 
-def _target(name: str, entry: dict) -> Target:
-    """A tensor of the manifest, without its sources."""
-    dtype = BFLOAT16 if entry["dtype"] == "bfloat16" else np.dtype(entry["dtype"])
-    return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], ())
-
-
 def _with_sources(plan: Plan, anew: Plan) -> Plan:
     """`plan`, its tensors with the sources they have in `anew`, where they have the same shape there.
 
@@ -97,7 +89,7 @@ def _with_sources(plan: Plan, anew: Plan) -> Plan:
     return Plan(plan.dtype, tuple(targets))
 
 
-def _files(directory: Path, manifest: dict, plan: Plan) -> list[str]:
+def _files(directory: Path, manifest: dict) -> list[str]:
     """Files that are missing, changed, or should not be there; chunks are looked into by `_chunks`."""
     differences = []
     for name, expected in manifest["files"].items():
@@ -106,12 +98,8 @@ def _files(directory: Path, manifest: dict, plan: Plan) -> list[str]:
             differences.append(f"{directory}: {name}: missing; copy it again")
         elif file_hash(path.read_bytes()) != expected:
             differences.append(f"{directory}: {name}: its bytes do not match their hash in {MANIFEST}; copy it again")
-    known = {MANIFEST, *manifest["files"], *(chunk.path for chunk in plan.chunks)}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if not path.is_dir() and name not in known:
-            differences.append(f"{directory}: {name}: not in {MANIFEST}; move it away")
-    return differences
+    unknown = Destination(directory).unknown_files(manifest)
+    return differences + [f"{directory}: {name}: not in {MANIFEST}; move it away" for name in unknown]
 
 
 def _companions(directory: Path, checkpoint: Checkpoint) -> list[str]:
@@ -149,13 +137,14 @@ def _chunks(
 
         return check
 
-    differences, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
+    wrong, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
     with interruptible() as stop:
         for chunk, digest, line in in_threads(checker, from_disk(directory, plan.chunks), stop=stop):
             digests[chunk.path] = digest
-            differences += [line] if line else []
+            wrong += [(chunk, line)] if line else []
             show.add(chunk)
         stop_here(stop)
+    differences = a_line_a_tensor(directory, wrong)
     for target in plan.targets:
         found = [digests[chunk.path] for chunk in target.chunks()]
         if all(found) and tree_hash(found) != manifest["tensors"][target.name]["hash"]:

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from converter.plan import Chunk
+from converter.threads import still_wanted
 from oss_model import mxfp4
 from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
@@ -31,6 +32,7 @@ class Reader:
 
     def read(self, entry: Entry, rows: slice, use: str) -> np.ndarray:
         """Rows of the checkpoint's tensor, in the buffer for this `use`: valid until the next time."""
+        still_wanted()
         row = math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4)
         part = self.checkpoint.read(entry, rows, self.buffer(use, (rows.stop - rows.start) * row))
         self.bytes_read += part.nbytes
@@ -55,10 +57,22 @@ class Pieces:
         """xxh3_128 of the bytes read, one a source, once all pieces have been taken."""
         return tuple(found.digest() for found in self._hashes)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def read_only(self) -> tuple[bytes, ...]:
+        """`digests`, without converting anything."""
+        span = self._source_span()
+        for number, entry in enumerate(self._chunk.target.sources):
+            step = max(1, PIECE_BYTES // (math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4)))
+            for start in range(span.start, span.stop, step):
+                self._read(number, slice(start, min(start + step, span.stop)))
+        return self.digests
+
+    def _source_span(self) -> slice:
         target, span = self._chunk.target, self._chunk.span
         each = target.sources[0].checkpoint_shape[0] // target.shape[0]  # the source's first axis may be split: (heads dim)
-        span = slice(span.start * each, span.stop * each)
+        return slice(span.start * each, span.stop * each)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        target, span = self._chunk.target, self._source_span()
         if len(target.sources) == 2:
             yield from self._decoded(span)
         elif target.sources[0].keeps_order:
@@ -95,6 +109,7 @@ class Pieces:
 
     def _stored(self, values: np.ndarray) -> np.ndarray:
         """`values` as contiguous `target.dtype`. Exact: `open_source` has refused what would not be."""
+        still_wanted()
         if not values.flags.c_contiguous:
             values = _copy(values, self._out("contiguous", values.shape, values.dtype))
         if values.dtype == self._dtype:

@@ -50,8 +50,10 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST.
 
     SRC is a directory of safetensors: Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original, recognised by
-    content. DST is a new or empty directory; nothing appears there before all of it is whole. Run the same command
-    again to take up a conversion that was interrupted.
+    content. DST is a new or empty directory; it is written beside it, in DST.partial, and takes its place when all of it
+    is whole. Where DST is a mount point, or the directory above it cannot be written, it is written inside DST, in
+    convert-oss.partial, and moved up when it is whole, what completes it last. Run the same command again to take up a
+    conversion that was interrupted; where it is complete, and the source has not changed, that says so and does nothing.
 
     Example:
 
@@ -70,6 +72,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
             click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
             return 0
         from converter.conversion import convert
+        from converter.destination import Destination
         from converter.progress import progress_bar
 
         options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
@@ -77,7 +80,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
             with progress_bar(quiet) as progress:
                 result = convert(src, dst, dtype, progress=progress, **options)
         except KeyboardInterrupt:
-            partial = dst.with_name(f"{dst.name}.partial")
+            partial = Destination(dst).partial
             where = f" in {partial}" if partial.is_dir() else ""
             raise KeyboardInterrupt(f"what is written is kept{where}: run the same command again to go on") from None
         if as_json:
@@ -112,7 +115,7 @@ def _say(result, verbose: bool) -> None:
         click.echo(f"{result.destination}: this process's share is written, the last process finishes", err=True)
     else:
         checked = ", verified" if result.verified else ""
-        click.echo(f"{result.destination}: {result.status}, {result.tensors} tensors{checked}", err=True)
+        click.echo(f"{result.destination}: {result.status.replace('-', ' ')}, {result.tensors} tensors{checked}", err=True)
     if verbose:
         click.echo(
             f"{result.source_layout} -> {result.dtype}: {result.chunks} chunks, {result.bytes_read:,} bytes read, "

@@ -12,14 +12,16 @@ from pathlib import Path
 from converter.chunks import Reader
 from converter.destination import Destination
 from converter.errors import Different, Incomplete
+from converter.finished import is_complete
 from converter.journal import Hashes, Journal
-from converter.manifest import fingerprint, make_manifest
+from converter.manifest import fingerprint, make_manifest, read_finished
 from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
+from converter.progress import Counter, Progress
 from converter.source import companions, open_source
 from converter.store import MANIFEST, Store, load_orbax, sync, write_file
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import check_buffer, check_chunk, from_disk
+from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError, meaning, system_error
@@ -27,20 +29,13 @@ from oss_model.memory import peak_rss
 from oss_model.shards import Checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    phase: str  # "resuming", "converting", "verifying"
-    bytes_done: int
-    bytes_total: int
-    tensors_done: int
-    tensors_total: int
-
-
 @dataclasses.dataclass
 class Result:
     """What a conversion did; `--json` prints these fields."""
 
-    status: str  # "complete"; "resumed": complete, taken up where an earlier run ended; "share-written": see `process`
+    # "complete"; "resumed": complete, taken up where an earlier run ended; "already-complete": an earlier run has made it;
+    # "share-written": see `process`
+    status: str
     source: str
     destination: str
     source_layout: str
@@ -67,7 +62,8 @@ def convert(
 ) -> Result:
     """Convert the safetensors checkpoint `src` to an Orbax checkpoint at `dst`.
 
-    A conversion that was cut off, by whatever, is taken up by calling this again with the same arguments.
+    A conversion that was cut off, by whatever, is taken up by calling this again with the same arguments. One that is
+    complete is left as it is, with status "already-complete", as long as the source has not changed since.
 
     Args:
       src: a directory in one of the layouts of `oss_model.layouts`, recognised by content.
@@ -98,31 +94,14 @@ def convert(
         workspace = Workspace(destination.partial, process)
         run = Run(checkpoint, plan, workspace, progress, stop)
         before = fingerprint(checkpoint, dtype)
-        tidied = False
-        if destination.only_tidying_left(before):
-            finished = tidied = True
-            workspace.lock()
-            workspace.clear()
+        try:
+            status, verified = run.to_its_end(destination, before, overwrite, verify, max_memory)
+        except OSError as error:
+            raise _incomplete(error, workspace) from error
+        finally:
             workspace.leave()
-        else:
-            destination.check(checkpoint.directory, overwrite)
-            workspace.check()
-            load_orbax()  # before memory is measured, for it is most of it
-            run.needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
-            try:
-                workspace.lock()
-                destination.check(checkpoint.directory, overwrite)  # once more: another process may have finished
-                workspace.begin(before, restart=overwrite)
-                if run.stream():
-                    run.finish(before, verify)
-                    destination.finish(workspace)
-                finished = not workspace.checkpoint.exists()  # by this process, or by another
-            except OSError as error:
-                raise _incomplete(error, workspace) from error
-            finally:
-                workspace.leave()
     return Result(
-        status=("resumed" if tidied or run.kept else "complete") if finished else "share-written",
+        status=status,
         source=str(Path(src).resolve()),
         destination=str(Path(dst).resolve()),
         source_layout=checkpoint.layout.name,
@@ -133,26 +112,8 @@ def convert(
         bytes_written=run.bytes_written,
         seconds=round(time.perf_counter() - start, 3),
         peak_rss_bytes=peak_rss(),
-        verified=verify and finished and not tidied,
+        verified=verified,
     )
-
-
-class Counter:
-    """Counts chunks as they are done, and reports."""
-
-    def __init__(self, phase: str, chunks: list[Chunk], progress: Callable[[Progress], None]):
-        self._phase, self._progress = phase, progress
-        self._total = sum(chunk.nbytes for chunk in chunks)
-        self._left: dict[str, int] = {}
-        for chunk in chunks:
-            self._left[chunk.target.name] = self._left.get(chunk.target.name, 0) + 1
-        self._done = self._tensors_done = 0
-
-    def add(self, chunk: Chunk) -> None:
-        self._done += chunk.nbytes
-        self._left[chunk.target.name] -= 1
-        self._tensors_done += self._left[chunk.target.name] == 0
-        self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
 
 
 class Run:
@@ -171,6 +132,43 @@ class Run:
         self.needs = Needs(0, 0, 0, 1)
         self.bytes_read = self.bytes_written = self.kept = 0
         self._progress = progress
+
+    def to_its_end(
+        self, destination: Destination, before: dict, overwrite: bool, verify: bool, max_memory: int | None
+    ) -> tuple[str, bool]:
+        """Do all that is left to do. Returns the status, and whether the checkpoint was verified.
+
+        Args:
+          before: the fingerprint of the source as it is read.
+        """
+
+        def is_there() -> bool:
+            """Whether there is nothing to do; another process may see to that at any time."""
+            if overwrite:
+                return False
+            return is_complete(destination.path, self.checkpoint, self.plan, before, self._progress, self.stop)
+
+        if destination.take_up(self.workspace) and (read_finished(destination.path) or {}).get("fingerprint") == before:
+            return "resumed", False
+        if is_there():
+            return "already-complete", False
+        source = self.checkpoint.directory
+        destination.check(source, overwrite)
+        self.workspace.check()
+        load_orbax()  # before memory is measured, for it is most of it
+        self.needs = measure(self.checkpoint, self.plan, self.workspace.checkpoint, max_memory)
+        self.workspace.lock()
+        if is_there():
+            return "already-complete", False
+        destination.check(source, overwrite)
+        self.workspace.begin(before, restart=overwrite)
+        if self.stream():
+            self.finish(before, verify)
+            destination.check(source, overwrite)  # once more: that may have taken hours
+            destination.finish(self.workspace)
+        if self.workspace.checkpoint.exists():  # neither this process has finished, nor another
+            return "share-written", False
+        return "resumed" if self.kept else "complete", verify
 
     def stream(self) -> bool:
         """Write this process's share of the chunks that are not there yet. Returns whether it is to finish."""
@@ -270,15 +268,15 @@ class Run:
 
             return check
 
-        show, differences = Counter("verifying", self.plan.chunks, self._progress), []
+        show, wrong = Counter("verifying", self.plan.chunks, self._progress), []
         for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
             if line:
-                differences.append(line)
+                wrong.append((chunk, line))
                 (self.store.directory / chunk.path).unlink(missing_ok=True)  # so that whoever finishes next writes it
             show.add(chunk)
         stop_here(self.stop)
-        if differences:
-            raise Different(sorted(differences))
+        if wrong:
+            raise Different(a_line_a_tensor(self.store.directory, wrong))
 
 
 def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:

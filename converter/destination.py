@@ -1,22 +1,34 @@
-"""DST: what may be there already, and how the finished checkpoint gets there in one step."""
+"""DST: what may be there already, and how the finished checkpoint gets there: in one step, or what completes it last."""
 
+import functools
 import os
+import shutil
 from pathlib import Path
 
-from converter.manifest import known_files, read_finished
-from converter.store import MANIFEST, sync
+from converter.manifest import known_files, manifest_hash, read_finished
+from converter.places import can_be_renamed, exchange
+from converter.store import MANIFEST, METADATA, sync
 from converter.workspace import Workspace
-from oss_model.errors import InputError
+from oss_model.errors import InputError, raise_all
+
+INSIDE = "convert-oss.partial"
 
 
 class Destination:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
-    @property
+    @functools.cached_property
+    def is_inside(self) -> bool:
+        """Whether the work is done inside DST, because DST itself cannot be renamed, or because it was begun there."""
+        if self.path.is_symlink() or not self.path.is_dir():
+            return False
+        return Workspace(self.path / INSIDE).is_ours() or not can_be_renamed(self.path)
+
+    @functools.cached_property
     def partial(self) -> Path:
-        """Where it is written; `DST.partial/checkpoint` is renamed to DST when it is whole."""
-        return self.path.with_name(self.path.name + ".partial")
+        """Where the checkpoint is written: its `checkpoint` becomes DST when it is whole, or its entries move into DST."""
+        return self.path / INSIDE if self.is_inside else self.path.with_name(f"{self.path.name}.partial")
 
     def check(self, source: Path, overwrite: bool) -> None:
         """
@@ -53,29 +65,152 @@ class Destination:
         Raises:
           InputError: naming each file in DST that is not the checkpoint's, and that would be gone with it.
         """
-        files = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
-        strange = {path.relative_to(self.path).as_posix() for path in files} - known_files(manifest)
-        if strange:
-            raise InputError(
-                *(f"{self.path / name}: not in {MANIFEST}, so --overwrite does not remove it; move it away"
-                  for name in sorted(strange))
-            )  # fmt: skip
+        raise_all(
+            [
+                f"{self.path / name}: not in {MANIFEST}, so --overwrite does not remove it; move it away"
+                for name in self.unknown_files(manifest)
+            ]
+        )
 
-    def only_tidying_left(self, fingerprint: dict) -> bool:
-        """Whether an earlier run of the same conversion was cut off after it had put the checkpoint in its place."""
-        workspace = Workspace(self.partial)
-        if not workspace.is_ours() or workspace.checkpoint.exists():
-            return False
-        return (read_finished(self.path) or {}).get("fingerprint") == fingerprint
+    def unknown_files(self, manifest: dict) -> list[str]:
+        """Every file in the checkpoint at DST that its manifest does not name: relative paths."""
+        files = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = {path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in self._staying()}
+        return sorted(names - known_files(manifest))
 
     def finish(self, workspace: Workspace) -> None:
-        """Put the checkpoint, which is whole and synced, in its place."""
-        if not self._is_empty():
-            self.path.rename(workspace.directory / "replaced")
-        workspace.checkpoint.rename(self.path)
-        sync(self.path.parent)
+        """Put the checkpoint, which is whole and synced, in its place; what is there is exchanged for it, or set aside.
+
+        What is to happen is noted before anything is renamed, so that `take_up` can end it after a kill.
+        """
+        if workspace.replaced.exists():  # of an earlier --overwrite, whose new checkpoint is what is at DST
+            shutil.rmtree(workspace.replaced)
+        note: dict = {"new": manifest_hash(workspace.checkpoint), "old": manifest_hash(self.path)}
+        if self.is_inside:
+            note["set aside"] = sorted(self._entries(), key=_completeness, reverse=True)
+            note["move in"] = sorted(os.listdir(workspace.checkpoint), key=_completeness)
+        workspace.note_placing(note)
+        self._place(workspace, note)
+        self._end(workspace)
+
+    def is_under_way(self, workspace: Workspace) -> bool:
+        """Whether an earlier run was cut off while it put its checkpoint in its place."""
+        return workspace.is_ours() and (workspace.placing() is not None or workspace.replaced.exists())
+
+    def take_up(self, workspace: Workspace) -> bool:
+        """End what an earlier run was cut off at while it put its checkpoint in its place. Returns whether it is there now.
+
+        Where that cannot be ended, because the new checkpoint is not whole any more, the old one goes back.
+
+        Raises:
+          InputError: if something else is in the way; everything is left as it is.
+        """
+        only_tidying_left = workspace.is_ours() and not workspace.checkpoint.exists() and manifest_hash(self.path) is not None
+        if not (self.is_under_way(workspace) or only_tidying_left):
+            return False
+        workspace.lock()
+        try:
+            with workspace.finishing():
+                return self._take_up(workspace)
+        finally:
+            workspace.leave()
+
+    def _take_up(self, workspace: Workspace) -> bool:
+        note, here = workspace.placing(), manifest_hash(self.path)
+        if note is None and here and not workspace.checkpoint.exists():
+            workspace.tidy()
+            return True
+        if note and here == note["new"]:
+            self._end(workspace)
+            return True
+        ours = {*note["set aside"], *note["move in"]} if note and self.is_inside else set()
+        if here is None and set(self._entries()) - ours:
+            raise self._in_the_way(workspace)
+        if note and here in (None, note["old"]) and self._place(workspace, note):
+            self._end(workspace)
+            return True
+        if manifest_hash(self.path) is None:
+            self._put_back(workspace, note)
+        if note:
+            workspace.note_placing(None)
+        return False
+
+    def _place(self, workspace: Workspace, note: dict) -> bool:
+        """Do what is noted, or what is left of it. Returns whether that could be done: whether the new one is whole."""
+        if self.is_inside:
+            return self._move_in(workspace, note)
+        if manifest_hash(workspace.checkpoint) != note["new"]:
+            return False
+        if self._is_empty() or not exchange(workspace.checkpoint, self.path):
+            if not self._is_empty():
+                self.path.rename(workspace.replaced)
+            workspace.checkpoint.rename(self.path)
+        return True
+
+    def _move_in(self, workspace: Workspace, note: dict) -> bool:
+        """`_place`, entry by entry. What has been moved is found out by looking: this can be begun again at any point."""
+        workspace.replaced.mkdir(exist_ok=True)
+        for name in note["set aside"]:
+            if not os.path.lexists(workspace.replaced / name):
+                (self.path / name).rename(workspace.replaced / name)
+        sync(workspace.replaced)
+        sync(self.path)
+        waiting = [name for name in note["move in"] if os.path.lexists(workspace.checkpoint / name)]
+        if not all(os.path.lexists(self.path / name) for name in note["move in"] if name not in waiting):
+            return False
+        if any(os.path.lexists(self.path / name) for name in waiting):
+            raise self._in_the_way(workspace)
+        for name in waiting:
+            if name == MANIFEST:
+                sync(self.path)  # so that a power loss does not leave what completes it alone
+            (workspace.checkpoint / name).rename(self.path / name)
+        return True
+
+    def _put_back(self, workspace: Workspace, note: dict | None) -> None:
+        """What was set aside, to its place; and what was moved in, where `_move_in` was cut off, back to where it was."""
+        old = set(os.listdir(workspace.replaced)) if workspace.replaced.exists() else set()
+        if not self.is_inside:
+            if old:
+                workspace.replaced.rename(self.path)
+        else:
+            workspace.checkpoint.mkdir(exist_ok=True)
+            new = [name for name in note["move in"] if name in old or name not in note["set aside"]] if note else []
+            for name in new:
+                if os.path.lexists(self.path / name):
+                    (self.path / name).rename(workspace.checkpoint / name)
+            for name in sorted(old, key=_completeness):
+                (workspace.replaced / name).rename(self.path / name)
+        self._sync(workspace)
+
+    def _end(self, workspace: Workspace) -> None:
+        """What is left to do once the checkpoint is in its place."""
+        self._sync(workspace)
         workspace.clear()
+
+    def _sync(self, workspace: Workspace) -> None:
+        """Wait until the disk knows what is where."""
+        sync(workspace.directory)
+        sync(self.path if self.is_inside else self.path.parent)
+
+    def _in_the_way(self, workspace: Workspace) -> InputError:
+        return InputError(
+            f"{self.path}: expected the place of a checkpoint, found other files in it; move them away, and the same "
+            f"command goes on (what belongs there is whole, in {workspace.directory})"
+        )
 
     def _is_empty(self) -> bool:
         """Whether there is nothing at DST, or an empty directory."""
-        return not self.path.is_dir() or not any(self.path.iterdir())
+        return not self._entries()
+
+    def _entries(self) -> list[str]:
+        """The names in DST, but for what stays there in any case."""
+        return sorted(set(os.listdir(self.path)) - self._staying()) if self.path.is_dir() else []
+
+    def _staying(self) -> set[str]:
+        """Directories in DST that are nobody's business where it cannot be renamed: no work of ours moves or removes them."""
+        return {INSIDE, "lost+found"} if self.is_inside else set()
+
+
+def _completeness(name: str) -> tuple[bool, bool, str]:
+    """Sorts the names in a checkpoint: what makes it complete comes last."""
+    return name == MANIFEST, name in METADATA, name

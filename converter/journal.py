@@ -6,6 +6,7 @@ A line says that a chunk was written, not that the disk has it: whoever goes by 
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,17 +23,20 @@ class Hashes:
 
 
 class Journal:
-    """Appends to one process's journal. A line that a kill cut short is skipped by `read_journals`."""
+    """Appends to one process's journal. A line that was cut short, by a kill or a full disk, is skipped by `read_journals`."""
 
     def __init__(self, path: Path):
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._lock = threading.Lock()
         self._synced = time.monotonic()
-        os.write(self._fd, b"\n")  # ends a line that was cut short
 
     def add(self, chunk: str, hashes: Hashes) -> None:
-        """Note that the file `chunk` is written. Any thread may call this: a line is one write."""
+        """Note that the file `chunk` is written. Any thread may call this."""
         line = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
-        os.write(self._fd, json.dumps(line).encode() + b"\n")
+        left = b"\n" + json.dumps(line).encode() + b"\n"  # the first ends a line that was cut short
+        with self._lock:
+            while left:
+                left = left[os.write(self._fd, left) :]
         # The journal may lag behind after a power loss: chunks it does not name are written again.
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
@@ -42,7 +46,9 @@ class Journal:
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        os.close(self._fd)
+        with self._lock:  # a thread that hung may still come to `add`, when the number is another file's
+            os.close(self._fd)
+            self._fd = -1
 
 
 def read_journals(paths: Iterable[Path]) -> dict[str, Hashes]:

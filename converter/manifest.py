@@ -91,13 +91,19 @@ def read_finished(directory: Path) -> dict | None:
     return read_manifest(directory) if all((directory / name).is_file() for name in METADATA) else None
 
 
+def manifest_hash(directory: Path) -> str | None:
+    """Tells one finished checkpoint from another: its manifest's own hash; None where there is no such checkpoint."""
+    return (read_finished(directory) or {}).get("self")
+
+
 def known_files(manifest: dict) -> set[str]:
     """Every file of the checkpoint, conversion.json included: relative paths."""
-    chunks = (chunk.path for name, entry in manifest["tensors"].items() for chunk in _stored(name, entry).chunks())
+    chunks = (chunk.path for name, entry in manifest["tensors"].items() for chunk in stored_target(name, entry).chunks())
     return {MANIFEST, *manifest["files"], *chunks}
 
 
-def _stored(name: str, entry: dict) -> Target:
+def stored_target(name: str, entry: dict) -> Target:
+    """A tensor of the manifest, without its sources."""
     dtype = BFLOAT16 if entry["dtype"] == "bfloat16" else np.dtype(entry["dtype"])
     return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], ())
 

@@ -48,6 +48,9 @@ class Target:
         """Bytes of all its chunk files."""
         return sum(chunk.nbytes for chunk in self.chunks())
 
+    def without_sources(self) -> "Target":
+        return dataclasses.replace(self, sources=())
+
     def chunks(self) -> "list[Chunk]":
         return [Chunk(self, index) for index in range(math.ceil(self.shape[0] / self.rows))]
 

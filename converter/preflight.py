@@ -64,7 +64,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
     store = Store(directory)
     present = sum(chunk.nbytes for chunk in plan.chunks if store.is_whole(chunk))
     needed = plan.nbytes - present + files * FILE_BYTES
-    free = _free(directory)
+    free = free_space(directory)
     if needed > free:
         raise InputError(
             f"{directory.parent.parent.resolve()}: expected {needed:,} bytes of free space, found {free:,}; "
@@ -88,7 +88,8 @@ def _rate(checkpoint: Checkpoint, chunk: Chunk) -> float:
     return chunk.nbytes / (time.perf_counter() - start)
 
 
-def _free(directory: Path) -> int:
+def free_space(directory: Path) -> int:
+    """Bytes that are free on the disk of `directory`, which need not exist."""
     while not directory.exists():
         directory = directory.parent
     found = os.statvfs(directory)

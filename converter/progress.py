@@ -1,18 +1,45 @@
 """Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-from oss_model.memory import rss
-
-if TYPE_CHECKING:
-    from converter.conversion import Progress
+from converter.plan import Chunk
+from oss_model.memory import rss, size
 
 LINE_SECONDS = 10
-Show = Callable[["Progress"], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    phase: str  # "comparing", "resuming", "converting", "verifying"
+    bytes_done: int
+    bytes_total: int
+    tensors_done: int
+    tensors_total: int
+
+
+class Counter:
+    """Counts chunks as they are done, and reports."""
+
+    def __init__(self, phase: str, chunks: list[Chunk], progress: Callable[[Progress], None]):
+        self._phase, self._progress = phase, progress
+        self._total = sum(chunk.nbytes for chunk in chunks)
+        self._left: dict[str, int] = {}
+        for chunk in chunks:
+            self._left[chunk.target.name] = self._left.get(chunk.target.name, 0) + 1
+        self._done = self._tensors_done = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self._done += chunk.nbytes
+        self._left[chunk.target.name] -= 1
+        self._tensors_done += self._left[chunk.target.name] == 0
+        self._progress(Progress(self._phase, self._done, self._total, self._tensors_done, len(self._left)))
+
+
+Show = Callable[[Progress], None]
 
 
 @contextlib.contextmanager
@@ -44,7 +71,7 @@ def _bar() -> Iterator[Show]:
     with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict = {}
 
-        def show(progress: "Progress") -> None:
+        def show(progress: Progress) -> None:
             tensors, memory = f"{progress.tensors_done}/{progress.tensors_total}", f"{rss() >> 20} MiB"
             if progress.phase not in tasks:
                 tasks[progress.phase] = bar.add_task(progress.phase, total=progress.bytes_total, tensors=tensors, memory=memory)
@@ -57,7 +84,7 @@ def _lines() -> Show:
     begun: dict[str, tuple[float, int]] = {}  # of each phase: when, and how much was there already
     last = 0.0
 
-    def show(progress: "Progress") -> None:
+    def show(progress: Progress) -> None:
         nonlocal last
         now, whole = time.monotonic(), progress.bytes_done == progress.bytes_total
         first = progress.phase not in begun
@@ -68,8 +95,8 @@ def _lines() -> Show:
         rate = (progress.bytes_done - there) / (now - start) if now > start else 0
         left = f", {(progress.bytes_total - progress.bytes_done) / rate:.0f} s left" if rate and not whole else ""
         print(
-            f"{progress.phase}: {progress.bytes_done / 1e9:.2f} of {progress.bytes_total / 1e9:.2f} GB, "
-            f"{progress.tensors_done} of {progress.tensors_total} tensors, {rate / 1e9:.2f} GB/s{left}, {rss() >> 20} MiB",
+            f"{progress.phase}: {size(progress.bytes_done)} of {size(progress.bytes_total)}, "
+            f"{progress.tensors_done} of {progress.tensors_total} tensors, {size(rate)}/s{left}, {rss() >> 20} MiB",
             file=sys.stderr,
         )
 

@@ -5,12 +5,30 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2  # macOS has no affinity
 WORKERS = max(2, min(8, CORES))
+PATIENCE = 1.0  # seconds, for a thread that hangs in the system when nobody waits for its result any more
+
+_thread = threading.local()
+
+
+class Abandoned(Exception):
+    """Ends what a thread of `in_threads` is at, where nobody waits for the result any more."""
+
+
+def still_wanted() -> None:
+    """Called now and then by whatever takes long, in any thread.
+
+    Raises:
+      Abandoned: in a thread of `in_threads`, after a second Ctrl-C.
+    """
+    if hasattr(_thread, "abandoned") and _thread.abandoned.is_set():
+        raise Abandoned
 
 
 def in_threads(
@@ -22,13 +40,16 @@ def in_threads(
       make: called once in each thread for the function: what belongs to one thread lives in its closure.
       stop: once it is set, what is under way is finished and yielded, and nothing more is begun.
 
-    If the function raises, the error is raised here. Whatever happens, no thread is left behind.
+    If the function raises, the error is raised here, when what is under way is finished. KeyboardInterrupt here, or in the
+    code that takes the results, ends it at once, wherever it calls `still_wanted`. No thread is left behind, unless it
+    hangs.
     """
-    stop = stop or threading.Event()
+    stop, abandoned = stop or threading.Event(), threading.Event()
     todo, lock, failed, end = iter(items), threading.Lock(), threading.Event(), object()
     results: queue.SimpleQueue = queue.SimpleQueue()  # the kernel, not this queue, holds back who writes too fast
 
     def work() -> None:
+        _thread.abandoned = abandoned
         try:
             function = make()
             while not stop.is_set() and not failed.is_set():
@@ -56,10 +77,14 @@ def in_threads(
                 raise result[1]
             else:
                 yield result[0]
+    except (KeyboardInterrupt, GeneratorExit):
+        abandoned.set()
+        raise
     finally:
         failed.set()
+        deadline = time.monotonic() + PATIENCE
         for thread in threads:
-            thread.join()
+            thread.join(max(0, deadline - time.monotonic()) if abandoned.is_set() else None)
 
 
 @contextlib.contextmanager

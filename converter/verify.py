@@ -11,6 +11,7 @@ import xxhash
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import CHECKSUM_BYTES, Chunk
 from converter.store import advise, crc32c
+from converter.threads import still_wanted
 
 AGAIN = "convert again"
 
@@ -53,6 +54,21 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
         os.close(fd)
 
 
+def a_line_a_tensor(directory: Path, wrong: list[tuple[Chunk, str]]) -> list[str]:
+    """What `check_chunk` says of many chunks: of each tensor the first one, and how many more there are."""
+    by_tensor: dict[str, list[tuple[Chunk, str]]] = {}
+    for chunk, line in sorted(wrong, key=lambda found: found[0].index):
+        by_tensor.setdefault(chunk.target.name, []).append((chunk, line))
+    lines = []
+    for name, found in by_tensor.items():
+        chunk, line = found[0]
+        if len(found) > 1:
+            where = f"{directory}: {name}: "
+            line = f"{where}{len(found)} of {len(chunk.target.chunks())} chunks, the first {line.removeprefix(where)}"
+        lines.append(line)
+    return sorted(lines)
+
+
 def from_disk(directory: Path, chunks: list[Chunk], ahead: int = 2) -> Iterator[Chunk]:
     """Yield `chunks`, for `check_chunk`, so that they are read from the disk and not from memory, and ahead of time."""
     for number in range(len(chunks) + ahead):
@@ -91,6 +107,7 @@ def _words(data: np.ndarray) -> np.ndarray:
 
 def read(fd: int, out: np.ndarray, offset: int) -> None:
     """Fill `out` (uint8, flat) from `offset` on."""
+    still_wanted()
     view = out.data
     while view:
         count = os.preadv(fd, [view], offset)

@@ -1,12 +1,12 @@
-"""`DST.partial`: an unfinished conversion, and who may work on it.
+"""`DST.partial`, or `convert-oss.partial` inside DST: an unfinished conversion, and who may work on it.
 
 lock              says in writing that the directory is ours; held by the processes at work, and by none that died
 lock.I-of-N       held by process I; lock.finish: by the one that finishes
-state.json        what is being converted, to what: see `converter.manifest.fingerprint`
+state.json        what is being converted, to what: see `converter.manifest.fingerprint`; and `placing`: see `note_placing`
 journal.I-of-N    chunks that are written, with their hashes
 done.I-of-N       process I has written its share
-checkpoint/       becomes DST
-replaced/         what was at DST, with --overwrite, for the moment between two renames
+checkpoint/       becomes DST, or its entries move into DST
+replaced/         what was at DST, with --overwrite, until the new checkpoint is there
 
 Nothing is ever removed but these, and only where the lock's text, or a state.json of ours, proves that we wrote them.
 """
@@ -18,11 +18,12 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from converter.journal import Hashes, Journal, read_journals
 from converter.store import sync, write_file
-from oss_model.errors import InputError
+from oss_model.errors import InputError, place_faults, raise_all
 
 MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
 LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")
@@ -33,7 +34,7 @@ DIRECTORIES = ("checkpoint", "replaced")
 class Workspace:
     def __init__(self, directory: Path, process: tuple[int, int] = (1, 1)):
         self.directory = directory
-        self.checkpoint = directory / "checkpoint"
+        self.checkpoint, self.replaced = (directory / name for name in DIRECTORIES)
         self.process = process
         self._name = "{}-of-{}".format(*process)
         self._alone = False
@@ -42,8 +43,9 @@ class Workspace:
     def check(self) -> None:
         """
         Raises:
-          InputError: if there is something else where the unfinished conversion would go.
+          InputError: if there is something else where the unfinished conversion would go, or if it cannot be written there.
         """
+        raise_all(place_faults(self.directory))
         if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
             raise InputError(f"{self.directory}: expected room for the unfinished conversion, found a file; move it away")
         names = self._names()
@@ -55,7 +57,7 @@ class Workspace:
 
     def is_ours(self) -> bool:
         """Whether there is a directory that says it is ours, or one of version 0.1.0, whose lock said nothing."""
-        return self._read("lock").startswith(MARK) or self._state() is not None
+        return self.directory.is_dir() and (self._read("lock").startswith(MARK) or self._state() is not None)
 
     def lock(self) -> None:
         """Make the directory where there is none, and be the one at work there: alone, or one of several processes.
@@ -124,10 +126,28 @@ class Workspace:
 
         Not while another process finishes, which takes it that nobody writes; and once it has, there is nothing to write.
         """
-        fd = self._wait_to_finish()
-        (self.directory / f"done.{self._name}").unlink(missing_ok=True)
-        os.close(fd)
+        with self.finishing():
+            (self.directory / f"done.{self._name}").unlink(missing_ok=True)
         return self.checkpoint.is_dir()
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Wait until no other process finishes the checkpoint, and keep it so."""
+        fd = self._wait_to_finish()
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    def placing(self) -> dict | None:
+        """What `note_placing` has noted last; None where the checkpoint is not on its way to its place."""
+        return (self._state() or {}).get("placing")
+
+    def note_placing(self, note: dict | None) -> None:
+        """Note, on the disk, that the checkpoint is on its way to its place; with None, that it is not."""
+        state = {key: value for key, value in (self._state() or {}).items() if key != "placing"}
+        state |= {"placing": note} if note else {}
+        write_file(self.directory / "state.json", json.dumps(state).encode(), durable=True)
 
     def _all_done(self) -> bool:
         count = self.process[1]
@@ -154,6 +174,11 @@ class Workspace:
         finally:
             while self._locks:
                 os.close(self._locks.pop())
+
+    def tidy(self) -> None:
+        """`clear`, unless other processes are at work there."""
+        if self._alone:
+            self.clear()
 
     def _lock_alone_or_shared(self) -> bool:
         """Take `lock`, alone if nobody has it. Returns whether it is held alone.

@@ -249,8 +249,9 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
     for key, only in _ONLY.items():
         if rest.pop(key, only) != only:
             faults.append(f"{where}: {key}: only {only!r} is implemented, found {data[key]!r}")
-    quantization = rest.get("quantization_config") or {}
-    if not isinstance(quantization, dict) or quantization.get("quant_method", "mxfp4") != "mxfp4":
+    quantization = rest.get("quantization_config")
+    # Other tools write a form of their own without `quant_method`: {"bits": 4, "group_size": 64}.
+    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
         faults.append(f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}")
     for key in sorted(rest.keys() - _HARMLESS):
         faults.append(f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused")

@@ -71,6 +71,8 @@ def not_a_checkpoint(path: Path, *, safetensors: bool = False) -> InputError:
         return InputError(f"{looked} nothing; convert-oss SRC {path} makes one")
     if not path.is_dir():
         return InputError(f"{looked} a file; give a directory")
+    if (partial := path / "convert-oss.partial").is_dir():
+        return InputError(f"{looked} an unfinished conversion in {partial}: run the same convert-oss again")
     below = {file.parent for name in wanted for depth in ("*", "*/*") for file in path.glob(f"{depth}/{name}")}
     if below:
         return InputError(f"{looked} some in directories of it; give one: {_list(str(place) for place in below)}")

@@ -100,6 +100,23 @@ def test_a_source_of_other_values_differs_by_tensor_and_byte(copy, sources, tmp_
     ]
 
 
+def test_a_tensor_of_many_chunks_is_one_line(copy, sources, tmp_path):
+    other = Path(shutil.copytree(sources["hf"], tmp_path / "other"))
+    with Checkpoint(other).shards as shards:
+        tensor = shards.tensors["model.layers.1.mlp.experts.gate_up_proj_blocks"]
+    data = bytearray((other / "model.safetensors").read_bytes())
+    for expert in (1, 3, 4):
+        data[tensor.offset + expert * (tensor.nbytes // tensor.shape[0])] ^= 0x07
+    (other / "model.safetensors").write_bytes(data)
+    (copy / "layers.2.mlp.down.weight.value/c/7/0/0").unlink()
+    where = f"{copy}: layers.1.mlp.gate_up.weight: "
+    assert verify_checkpoint(copy, other).differences == [
+        f"{where}3 of {tensor.shape[0]} chunks, the first layers.1.mlp.gate_up.weight.value/c/1/0/0/0: differs from the "
+        "source, first in byte 0; convert again",
+        f"{copy}: layers.2.mlp.down.weight: layers.2.mlp.down.weight.value/c/7/0/0: missing; convert again",
+    ]
+
+
 def test_exit_codes_and_streams(copy, sources, capsys):
     assert verify_main([str(copy), str(sources["hf"]), "-q", "--json"]) == 0
     out, err = capsys.readouterr()

@@ -159,9 +159,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def begin(hf: Path, out: Path, seconds: float, *options: str) -> subprocess.Popen:
+def begin(hf: Path, out: Path, seconds: float, *options: str, script: str = SLOWLY) -> subprocess.Popen:
     """A conversion in a process of its own, that has written three chunks."""
-    command = [sys.executable, "-c", SLOWLY.format(seconds=seconds), str(hf), str(out), *options]
+    command = [sys.executable, "-c", script.format(seconds=seconds), str(hf), str(out), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = out.with_name(f"{out.name}.partial") / "journal.1-of-1", time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"chunk") < 3:
@@ -181,6 +181,38 @@ def test_sigterm_ends_in_order_as_ctrl_c_does(hf, tmp_path):
     noted = [line for line in (tmp_path / "out.partial/journal.1-of-1").read_text().splitlines() if line]
     files = [path for path in (tmp_path / "out.partial").glob("checkpoint/*/c/**/*") if path.is_file()]
     assert len(noted) == len(files) < 168  # what was under way has been ended
+
+
+HANGS = """
+import sys, time
+from converter.store import Store
+from converter.cli import main
+write, begun = Store.write_chunk, []
+def hanging(*arguments):
+    begun.append(0)
+    if len(begun) > 6:
+        time.sleep(60)
+    return write(*arguments)
+Store.write_chunk = hanging
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_ctrl_c_interrupts_at_once(hf, tmp_path):
+    out = tmp_path / "out"
+    process = begin(hf, out, 0, "-q", script=HANGS)
+    time.sleep(0.5)  # until all threads hang
+    try:
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # the first waits for what is under way
+            process.wait(1.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    finally:
+        process.kill()
+        _, err = process.communicate()
+    line = f"interrupted; what is written is kept in {out}.partial: run the same command again to go on"
+    assert (process.returncode, err) == (130, f"error: {line}\n")
 
 
 def test_a_reader_who_leaves_changes_nothing(hf, tmp_path):

@@ -387,6 +387,14 @@ def test_layer_types_of_the_wrong_type(value):
             ["quantization_config.quant_method: only 'mxfp4' is implemented, found {'quant_method': 'gptq'}"],
         ),
         (
+            PUBLISHED | {"quantization_config": {"bits": 4, "group_size": 64}},
+            ["quantization_config.quant_method: only 'mxfp4' is implemented, found {'bits': 4, 'group_size': 64}"],
+        ),
+        (
+            PUBLISHED | {"quantization_config": {}},
+            ["quantization_config.quant_method: only 'mxfp4' is implemented, found {}"],
+        ),
+        (
             PUBLISHED | {"quantization_config": "mxfp4"},
             ["quantization_config.quant_method: only 'mxfp4' is implemented, found 'mxfp4'"],
         ),

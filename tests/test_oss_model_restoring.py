@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxlib
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from oss_model import InputError, ModelConfig, create_model_from_checkpoint
+from oss_model import InputError, ModelConfig, create_model_from_checkpoint, memory
 from oss_model.errors import OutOfMemory
 from oss_model.params import stored_parameters
 from oss_model.restoring import restoring
@@ -130,10 +131,10 @@ def test_a_process_with_too_little_memory_says_so(checkpoints, tmp_path):
 
 
 def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpoints, sources, tmp_path, caplog):
-    places = {name: tmp_path / name for name in ("nothing", "file", "empty", "others", "above", "new")}
+    places = {name: tmp_path / name for name in ("nothing", "file", "empty", "others", "above", "new", "volume")}
     places["file"].write_text("")
-    for name in ("empty", "others", "above", "new.partial"):
-        (tmp_path / name).mkdir()
+    for name in ("empty", "others", "above", "new.partial", "volume/convert-oss.partial"):
+        (tmp_path / name).mkdir(parents=True)
     for name in "abcd":
         (places["others"] / name).touch()
     (places["above"] / "default").symlink_to(checkpoints["bfloat16"])
@@ -145,6 +146,7 @@ def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpo
         "others": "other files (a, b, c and 1 more); give another, or make one with convert-oss",
         "above": f"some in directories of it; give one: {places['above']}/default",
         "new": f"nothing, and an unfinished conversion in {tmp_path}/new.partial: run the same convert-oss again",
+        "volume": f"an unfinished conversion in {tmp_path}/volume/convert-oss.partial: run the same convert-oss again",
         "safetensors": f"safetensors; convert them first: convert-oss {sources['hf']} DST",
     }
     for name, path in places.items():
@@ -180,6 +182,17 @@ def test_damaged_metadata_is_named(checkpoints, tmp_path, file, content, said, c
     assert line.startswith(f"{path}: expected a whole checkpoint, found one that cannot be read ({said}")
     assert line.endswith("): try verify-oss")
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1 << 10)])
+def test_the_peak_is_in_bytes_where_there_is_no_proc(monkeypatch, platform, unit):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=1_000_000))
+    assert memory.peak_rss() == 1_000_000 * unit
 
 
 def test_sizes_and_limits_are_told():
