@@ -1,32 +1,90 @@
 """The README's own code runs, and its claims about the commands hold."""
 
+import importlib.util
 import re
+import shlex
+import shutil
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from converter import cli as converter_cli
+from oss_model.exits import run_click
 from parity import cli as parity_cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
-PYTHON = [code for language, code in FENCES if language == "python"]
+COMMANDS = ("convert-oss", "verify-oss", "check-parity", "python", "pip", "./scripts/demo", "./scripts/test")
+NOT_RUN = {
+    "./scripts/demo": "this suite is run by what it runs; CONTRIBUTING.md",
+    "./scripts/test": "is what runs this",
+    "pip install": "makes environments: the first line of every CI run",
+    "check-parity --self-test": "takes minutes; tests/test_parity_faults.py runs it in parts",
+}
+# What a person's model and text are too large for here: the script's own options, for a test of seconds.
+SMALL = ["--batch", "8", "--length", "8", "--steps", "1"]
 
 
-@pytest.mark.parametrize("how", [0, 1], ids=["our loader", "plain orbax"])
-def test_loading_as_the_readme_says(how, checkpoints):
-    """Each way of loading, then the forward pass on the mesh; generation and LoRA once."""
-    code = PYTHON[how] + PYTHON[2] + (PYTHON[3] if how == 0 else "")
-    names = {"/path/to/gpt-oss-20b-orbax": checkpoints["bfloat16"], "gpt-oss-20b-orbax": checkpoints["bfloat16"]}
-    for name, path in names.items():
-        code = code.replace(f'"{name}', f'"{path}')
+def finetune(*args: str) -> int:
+    spec = importlib.util.spec_from_file_location("finetune_of_readme", ROOT / "scripts/finetune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return run_click(module.main, "finetune.py", [*args, *SMALL])
+
+
+def run(line: str) -> int:
+    """A line for the shell, in this process: importing everything anew for each takes most of the time."""
+    command, *args = shlex.split(line, comments=True)
+    if command == "python":
+        assert args.pop(0) == "scripts/finetune.py"
+        return finetune(*args)
+    [entry] = entry_points(group="console_scripts", name=command)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [command, *args])
+        sys.exit(entry.load()())
+    return ended.value.code
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch, even_checkpoints):
+    """A directory with a small gpt-oss-20b and notes.txt in it."""
+    shutil.copytree(even_checkpoints["float32"].parent / "source", tmp_path / "gpt-oss-20b")
+    (tmp_path / "notes.txt").write_text("Blocks are pasted in the order that they are read in.\n" * 4)
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield tmp_path
+
+
+def test_everything_pasted_in_order_works(at_home):
+    """All code of one language in one session, as a reader has it, small paths put in and nothing else changed."""
     scope: dict = {}
-    exec(code, scope)
-    assert scope["logits"].shape == (1, 5, 509)
+    ended = {}
+    for language, block in FENCES:
+        if language == "python":
+            exec(block.replace("/path/to/", f"{at_home}/"), scope)
+        for line in block.splitlines() if not language else ():
+            if line.split() and line.split()[0] in COMMANDS and not line.startswith(tuple(NOT_RUN)) and "oracle:" not in line:
+                ended[line] = run(line)
+    expected = {line: 1 if "exits 1" in line else 0 for line in ended}
+    assert ended == expected
+    assert len(ended) == 11
+    assert scope["logits"].shape == (1, 5, 512)
     assert len(scope["logits"].sharding.device_set) == jax.device_count() == 8
+    assert np.isfinite(scope["loss"])
+    assert scope["model"].cfg.param_dtype == "mxfp4"
+    assert (at_home / "tuned/model").is_dir()
+
+
+def test_what_is_not_pasted_is_in_the_readme():
+    shell = [line for language, code in FENCES if not language for line in code.splitlines()]
+    assert all(any(line.startswith(start) for line in shell) for start in NOT_RUN)
 
 
 def test_every_option_in_the_readme_exists():
@@ -53,8 +111,6 @@ def test_help_says_exit_codes():
 
 
 def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monkeypatch, sources, checkpoints):
-    import importlib.util
-
     from parity import compare
 
     spec = importlib.util.spec_from_file_location("compare_own_model", ROOT / "scripts" / "compare_own_model.py")
