@@ -90,7 +90,7 @@ def main(
 
     outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
     files = {form: file for form, file in outputs.items() if file is not None}
-    faults = _misplaced(files, options["record"])
+    faults = [*_two_prompts(context), *_misplaced(files, options["record"])]
     if options["max_memory"] is not None:
         options["max_memory"] = parse_size(options["max_memory"], "--max-memory")
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,6 +143,15 @@ def _not_for_self_test(context: click.Context) -> list[str]:
     given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     others = [name for name in given if name not in ("self_test", "json")]
     return [f"--self-test: makes everything by itself, found {name.replace('_', '-')}; leave it out" for name in others]
+
+
+def _two_prompts(context: click.Context) -> list[str]:
+    """--prompt-file is the prompt; what makes a random one contradicts it."""
+    given = {name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    others = given & {"tokens", "seed"} if "prompt_file" in given else set()
+    return [
+        f"--prompt-file: expected no --{name} beside it, which is for a random prompt; leave one out" for name in sorted(others)
+    ]
 
 
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:

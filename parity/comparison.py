@@ -76,8 +76,8 @@ def compare(
       progress: called with (layers done, layers in all, what is being done).
 
     Raises:
-      InputError: if either cannot be read, if `max_memory` is too little, or not known to be enough, if gradients are
-        asked for of a prompt without a next token.
+      InputError: if either cannot be read, if the prompt is longer than the model's positions, if gradients are asked for
+        of one without a next token, if `max_memory` is too little, or not known to be enough.
     """
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
@@ -99,6 +99,11 @@ def compare(
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
     longest = int(prompt.valid.sum(axis=1).max())
+    limit = oracle.sizes.max_positions
+    if longest > limit:
+        raise InputError(
+            f"--tokens or --prompt-file: expected at most {limit} tokens, the model's max_position_embeddings, found {longest}"
+        )
     if gradients and longest < 2:
         raise InputError(
             f"--gradients: expected a prompt of at least 2 tokens, since the loss is that of the next one, found {longest};"

@@ -1,6 +1,7 @@
 """check-parity as a command: what it refuses, with which line and which exit code, before the long part."""
 
 import errno
+import json
 import sys
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_a_recording_that_cannot_be_made_is_a_line_and_2(pair, tmp_path):
 def test_a_seed_below_zero_is_refused(pair):
     problem = "Invalid value for '--seed': -1 is not in the range x>=0. (try check-parity --help)"
     assert run(*pair, "--seed", "-1") == (2, [f"error: {problem}"])
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(pair, tmp_path):
+    problem = "expected at most 4096 tokens, the model's max_position_embeddings, found 4097"
+    assert run(*pair, "--tokens", 4097) == (2, [f"error: --tokens or --prompt-file: {problem}"])
+    (tmp_path / "prompt.json").write_text(json.dumps([7] * 4097))
+    assert run(*pair, "--prompt-file", tmp_path / "prompt.json") == (2, [f"error: --tokens or --prompt-file: {problem}"])
+
+
+def test_a_random_prompt_beside_one_from_a_file_is_a_contradiction(pair, tmp_path):
+    (tmp_path / "prompt.json").write_text("[1, 2, 3]")
+    found = run(*pair, "--prompt-file", tmp_path / "prompt.json", "--tokens", 30, "--seed", 0)
+    said = "expected no --{} beside it, which is for a random prompt; leave one out"
+    assert found == (2, [f"error: --prompt-file: {said.format(name)}" for name in ("seed", "tokens")])
 
 
 def test_gradients_of_one_token_are_refused(pair):
