@@ -5,6 +5,7 @@ run time, is installed after this file is read.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+# Hundreds of small models are compiled, each for one call: LLVM's optimisations take half of the suite's time. They are
+# none of XLA's own passes, which stay; XLA_FLAGS= (empty) has them too, as scripts/matrix does.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else is on the first

@@ -122,7 +122,7 @@ def test_max_memory_takes_threads_away(sources, tmp_path, monkeypatch):
         assert preflight.measure(checkpoint, planned, tmp_path, base + int(each * room)).workers == workers
 
 
-@pytest.mark.parametrize("bad", ["", "lots", "2X", "-1G"])
+@pytest.mark.parametrize("bad", [" ", "lots", "2X", "-1G"])
 def test_sizes_that_are_none_are_usage_errors(bad, capsys):
     assert main(["a", "b", "--max-memory", bad]) == 2
     assert "expected a size like 2G or 900M" in capsys.readouterr().err

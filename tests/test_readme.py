@@ -46,10 +46,12 @@ def run(line: str) -> int:
         assert args.pop(0) == "scripts/finetune.py"
         return finetune(*args)
     [entry] = entry_points(group="console_scripts", name=command)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *args])
-        sys.exit(entry.load()())
-    return ended.value.code
+        try:
+            return entry.load()()
+        except SystemExit as ended:
+            return ended.code
 
 
 @pytest.fixture
