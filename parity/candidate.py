@@ -5,6 +5,7 @@ restored by plain Orbax when it is its turn, and freed after. How `Transformer` 
 `create_model_from_checkpoint` loads them, is run by the gradients arm alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -19,12 +20,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from oss_model import ModelConfig, Transformer, TransformerBlock, create_model_from_checkpoint, init_cache, moe
+from oss_model import (
+    InputError,
+    ModelConfig,
+    Transformer,
+    TransformerBlock,
+    create_model_from_checkpoint,
+    eos_tokens,
+    init_cache,
+    moe,
+)
 from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
 from oss_model.restoring import restoring
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import gradients, memory
-from parity.sides import Arrays, Sizes
+from parity import configs, gradients, memory
+from parity.sides import Arrays, Settings, Sizes
 
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
@@ -65,6 +75,14 @@ class Candidate:
     def sizes(self) -> Sizes:
         c = self.cfg
         return Sizes(c.num_hidden_layers, c.num_experts, c.vocab_size, c.sliding_window, c.max_position_embeddings)
+
+    @property
+    def settings(self) -> Settings:
+        """What the checkpoint's own files say: see `parity.configs`."""
+        found = {name: getattr(self.cfg, name) for name in (*configs.LOGITS, *configs.OTHERS) if hasattr(self.cfg, name)}
+        with contextlib.suppress(InputError):  # nothing says where a text ends
+            found["eos_token_id"] = list(eos_tokens(self.path))
+        return found | {"layer_types": list(self.cfg.layer_types)}
 
     def restore(self, names: Iterable[str]) -> Arrays:
         """These parameters as stored, read by plain Orbax."""

@@ -19,6 +19,7 @@ import numpy as np
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
+from parity import configs
 from parity.diagnosis import Diagnosis
 from parity.judge import ROUTING, Judge
 from parity.memory import check_free_memory, check_memory
@@ -36,6 +37,7 @@ from parity.sides import (
     SupportsDecode,
     SupportsGradients,
     SupportsRestore,
+    settings_of,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -117,7 +119,8 @@ def compare(
     if record is not None:
         described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
         watched = recorder = Recorder(oracle, record, prompt, described)
-    report = Report(str(source), str(checkpoint), _title(oracle), longest, seed, layers, dtype)
+    title, warnings = configs.title(oracle.sizes, settings_of(oracle))
+    report = Report(str(source), str(checkpoint), title, longest, seed, layers, dtype, warnings=warnings)
     if dtype == "bfloat16" and not layers:
         report.lacks("precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16")
     if longest < 2 * window:
@@ -165,11 +168,12 @@ class _Run:
 
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
-        self.diagnosis = Diagnosis(self.report, self.judge, self.oracle.sizes.window)
+        self.diagnosis = Diagnosis(self.report, self.judge, self.oracle)
 
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
+        self.diagnosis.configuration(settings_of(self.port))
         fits = self.weights(self.oracle.first_parameters(), self.port.restore)
         if sizes != (count, self.oracle.sizes.vocab):
             self.report.lacks(_UNFIT)
@@ -185,6 +189,7 @@ class _Run:
             self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
         if streams is not None:
             self.last(streams)
+        self.diagnosis.finish()
         if not self.port.stored:
             self.report.lacks("the port shows no parameters, so none were compared")
 
@@ -374,9 +379,3 @@ def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bo
 
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "numpy")}
-
-
-def _title(oracle: Oracle) -> str:
-    layers, experts, vocab = oracle.sizes[:3]
-    names = {(24, 32, 201088): "gpt-oss-20b", (36, 128, 201088): "gpt-oss-120b"}
-    return names.get((layers, experts, vocab), f"gpt-oss, {layers} layers, {experts} experts, vocabulary {vocab}")

@@ -175,6 +175,9 @@ CHECKPOINT: dict[str, Callable[[Tree, int], Tree]] = {
     "layers-exchanged": _layers_exchanged,
     "embedding-lm-head-swapped": _exchanged(("embedding.weight", "lm_head.weight")),
     "scale-linear": _scales_as_numbers,
+    "lm-head-is-embedding": lambda tree, n: {"lm_head.weight": tree["embedding.weight"]},
+    "embedding-is-lm-head": lambda tree, n: {"embedding.weight": tree["lm_head.weight"]},
+    "heads-transposed": _layer(lambda v: np.swapaxes(v, 0, 1).reshape(v.shape), "attn.q_proj.weight", "attn.q_proj.bias"),
     "embedding-rows-shifted": lambda tree, n: {"embedding.weight": np.roll(tree["embedding.weight"], 1, axis=0)},
 }
 

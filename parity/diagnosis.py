@@ -1,40 +1,60 @@
-"""Which known mistake explains the first divergence: each is made in the reference, and the residual measured again."""
+"""What explains the first divergence: the configurations, or else the weights, or else a known mistake in the code.
 
-import contextlib
+A mistake in the code is made in the reference, and the residual measured again. It is only looked for where the tap's own
+parameters are right: wrong ones explain what they do.
+"""
+
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from parity import faults, metrics
+from parity import configs, faults, metrics
 from parity.judge import Judge
-from parity.report import Report
-from parity.sides import Arrays, Expected, Oracle, OracleLayer
+from parity.report import Report, Weight
+from parity.sides import Arrays, Expected, Oracle, OracleLayer, Settings, settings_of
 
 # A mistake is named when it takes the residual below the arm's gate, and at least this many times down.
 COLLAPSE = 10.0
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
+# Of each tap, the parameters that it is computed with; those of a layer without its prefix.
+PARAMETERS = {
+    "embedding": ("embedding.",), "final_norm": ("norm.",), "logits": ("lm_head.",),
+    "attn_norm": ("attn.norm.",), "q": ("attn.q_proj.",), "k": ("attn.k_proj.",), "v": ("attn.v_proj.",),
+    "attn_core": ("attn.sinks",), "attn_out": ("attn.o_proj.",), "mlp_norm": ("mlp.norm.",),
+    "router_logits": ("mlp.router.",), "mlp_out": ("mlp.gate_up.", "mlp.down."),
+}  # fmt: skip
 
 
 class Diagnosis:
     """Of one run. Only what diverges first is looked into: later divergences may be its consequences."""
 
-    def __init__(self, report: Report, judge: Judge, window: int):
+    def __init__(self, report: Report, judge: Judge, oracle: Oracle):
         self.report, self.judge, self.done = report, judge, False
-        self.sizes = {"window": window, "longer": window + 1, "shorter": window - 1, "half": window // 2}
+        self.window, self.settings = oracle.sizes.window, settings_of(oracle)
+
+    def configuration(self, port: Settings) -> None:
+        """Before anything else: what explains everything that follows from it."""
+        self.report.configs = configs.differences(port, self.settings)
+        said = [configs.said(one) for one in self.report.configs if one["logits"]]
+        if said:
+            fix = "make DST/config.json say what SRC's does; convert-oss copies it"
+            self._tell("config", None, "config", f"{'; '.join(said)}", "config-differs", fix)
 
     def parameter(self, expected: Expected, got: np.ndarray) -> None:
         """Of a parameter that is not what it should be. One that was trained is not explained, and is not the end of it."""
-        if self.done or self.report.tried:
+        if self.done:
             return
-        tried = []
-        with contextlib.suppress(Exception):  # a mistake that cannot be tried on this parameter must not end the run
-            tried.extend(expected.suspects(got))
-        self._conclude(None, expected.name, tried, 0.01, "")
-        self.done = self.report.diagnosis is not None
+        tried: list[tuple[str, float, float]] = []
+        try:
+            for one in expected.suspects(got):
+                tried.append(one)
+        except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
+            self._failed(f"looking into {expected.name}", error)
+        self._conclude("weights", None, expected.name, tried, 0.01, "")
 
     def tap(self, n: int, tap: str, oracle: OracleLayer, x: np.ndarray, taps: Arrays, got: np.ndarray) -> None:
         """Of a layer's tap that fails on the reference's inputs `taps`."""
-        if self.done:
+        if self.done or self._weights(n, tap):
             return
 
         def measure(made: np.ndarray) -> float:
@@ -45,11 +65,12 @@ class Diagnosis:
             return self._residual(got, made)
 
         tried = self._try(tap, lambda fault: oracle.run_with(fault, x, taps, tap), measure, measure(taps[tap]))
-        self._conclude(n, tap, tried, metrics.SEMANTICS_GATE, pattern(tap, got, taps, self.judge))
+        self._conclude("code", n, tap, tried, metrics.SEMANTICS_GATE, pattern(tap, got, taps, self.judge))
+        self.done = True
 
     def outside(self, tap: str, oracle: Oracle, given: np.ndarray, want: np.ndarray, got: np.ndarray) -> None:
         """Of a tap outside the layers: `given` is what it is computed from."""
-        if self.done:
+        if self.done or self._weights(None, tap):
             return
         if tap == "rope":
             # Rounding grows with the angle, at most the position: a mistake may have other frequencies than the reference.
@@ -58,7 +79,37 @@ class Diagnosis:
         else:
             gate, measure = metrics.SEMANTICS_GATE, lambda made: self._residual(got, made)
         tried = self._try(tap, lambda fault: oracle.run_with(fault, given), measure, measure(want))
-        self._conclude(None, tap, tried, gate, "")
+        self._conclude("code", None, tap, tried, gate, "")
+        self.done = True
+
+    def finish(self) -> None:
+        """When every parameter has been seen: what one alone could not tell."""
+        found, differing = self.report.diagnosis, self._differing("")
+        if found is not None and found["name"] == "embedding-is-lm-head" and "lm_head.weight" in {w.name for w in differing}:
+            swapped = faults.CATALOGUE["embedding-lm-head-swapped"]
+            found |= {"name": swapped.name, "fault": swapped.says, "fix": swapped.fix}
+        if not differing or (self.done and (found is None or found["name"] != "weights-differ")):
+            return
+        first = differing[0] if found is None else next(one for one in differing if one.name == found["tap"])
+        rest = f" (and {len(differing) - 1} parameters more)" if len(differing) > 1 else ""
+        said = f"it is not that of SRC: {first.note}{rest}"
+        if len(differing) == len(self.report.weights) > 1:
+            said = f"0 of {len(differing)} parameters are exact: another model, or all of it was trained; {first.note}"
+        self._tell("weights", first.layer, first.name, said, "weights-differ", _CONVERT)
+
+    def _weights(self, n: int | None, tap: str) -> bool:
+        """Whether a parameter that the tap is computed with differs; then that is what is said."""
+        prefix = "" if n is None else f"layers.{n}."
+        differing = [one for part in PARAMETERS.get(tap, ()) for one in self._differing(prefix + part)]
+        if not differing:
+            return False
+        first, *others = differing
+        rest = f" (and {', '.join(one.name for one in others)})" if others else ""
+        self._tell("weights", n, first.name, f"it is not that of SRC: {first.note}{rest}", "weights-differ", _CONVERT)
+        return True
+
+    def _differing(self, prefix: str) -> list[Weight]:
+        return [weight for weight in self.report.weights if weight.note and weight.name.startswith(prefix)]
 
     def _residual(self, got: np.ndarray, want: np.ndarray) -> float:
         return min(float(self.judge.errors(got.reshape(want.shape), want).max()), metrics.WORST)
@@ -67,35 +118,52 @@ class Diagnosis:
         self, tap: str, make: Callable[[str], np.ndarray | None], measure: Callable[[np.ndarray], float], before: float
     ) -> list[tuple[str, float, float]]:
         tried = []
-        for fault in faults.at(tap):
-            with contextlib.suppress(Exception):  # such as one expert more of a model that has no more
+        for fault in faults.at(tap, self.settings):
+            try:
                 made = make(fault.name)
-                if made is not None:
-                    tried.append((fault.name, before, measure(made)))
+            except Exception as error:
+                self._failed(f"trying {fault.name} at {tap}", error)
+                continue
+            if made is not None:
+                tried.append((fault.name, before, measure(made)))
         return tried
 
+    def _failed(self, doing: str, error: Exception) -> None:
+        self.report.errors.append(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}")
+
     def _conclude(
-        self, layer: int | None, tap: str, tried: Iterable[tuple[str, float, float]], gate: float, where: str
+        self, cause: str, layer: int | None, tap: str, tried: Iterable[tuple[str, float, float]], gate: float, where: str
     ) -> None:
-        self.done = True
         self.report.explained = tap if layer is None else f"layer {layer} {tap}"
         tried = sorted(tried, key=lambda one: one[2])
         found = [one for one in tried if one[2] <= gate and one[2] * COLLAPSE <= one[1]]
         self.report.pattern = where
         self.report.tried = len(tried)
-        if not found:
-            return
-        (name, before, after), *others = found
+        if found:
+            (name, before, after), *others = found
+            fault = faults.CATALOGUE[name]
+            says = faults.sentence(fault, self.window, self.settings)
+            self._tell(cause, layer, tap, says, name, fault.fix, (before, after), others)
+
+    def _tell(
+        self, cause: str, layer: int | None, tap: str, says: str, name: str, fix: str,
+        residuals: tuple[float | None, float | None] = (None, None), others: Iterable[tuple[str, float, float]] = (),
+    ) -> None:  # fmt: skip
+        self.done = True
         self.report.diagnosis = {
-            "fault": faults.CATALOGUE[name].says.format(**self.sizes),
+            "cause": cause,
+            "fault": says,
             "name": name,
             "layer": layer,
             "tap": tap,
-            "residual_before": before,
-            "residual_after": after,
-            "fix": faults.CATALOGUE[name].fix,
+            "residual_before": residuals[0],
+            "residual_after": residuals[1],
+            "fix": fix,
             "others": [{"name": other, "residual_after": left} for other, _, left in others],
         }
+
+
+_CONVERT = "if it was trained, that is all; if not: verify-oss DST SRC, and convert again"
 
 
 def pattern(tap: str, got: np.ndarray, taps: Arrays, judge: Judge) -> str:

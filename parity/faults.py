@@ -4,7 +4,10 @@
 holds; `parity.injection` and `parity.corruption` make each on the side that is judged, to test the harness. docs/faults.md is the page a person reads.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+from parity.sides import Settings
 
 
 class Fault(NamedTuple):
@@ -14,7 +17,8 @@ class Fault(NamedTuple):
       name: in the reports, in docs/faults.md and in the tables of what does it.
       tap: the first one that shows it; "weights" for what is wrong in the checkpoint.
       where: "layer", "sliding" or "full" (layers of that type), or "model" (outside the layers).
-      says: the diagnosis, a sentence.
+      says: the diagnosis, a sentence. What it says of the port is what was measured with this very number, or is said to
+        be consistent with it; {window} and its like are the reference's own (`sentence`).
       seen: in what kind of port, or how it comes about.
       fix: what to do.
       equivalent: why it changes nothing that can be measured in float32; empty if it does.
@@ -123,12 +127,12 @@ CODE: list[Fault] = [
         ("gate-up-exchanged", "gate and up are exchanged", "even rows are the gate, odd ones up", "gate = rows 0::2, up = rows 1::2"),
         ("gate-up-halves", "gate and up are split in halves, should be interleaved", "code of every other model",
          "gate = rows 0::2, up = rows 1::2"),
-        ("swiglu-alpha-one", "swiglu's alpha is 1, should be 1.702", "a plain SiLU", "gate * sigmoid(1.702 * gate)"),
+        ("swiglu-alpha-one", "consistent with swiglu's alpha being 1, should be {alpha}", "a plain SiLU", "gate * sigmoid(alpha * gate)"),
         ("swiglu-no-plus-one", "swiglu lacks the + 1 on up", "a plain SwiGLU", "(up + 1) * gate * sigmoid(alpha * gate)"),
         ("swiglu-no-clamp", "swiglu does not clamp", "a plain SwiGLU", "gate at most limit, up within ±limit"),
         ("swiglu-up-unclamped", "swiglu does not clamp up", "half of the clamp", "up within ±limit"),
         ("swiglu-gate-unclamped", "swiglu does not clamp the gate", "half of the clamp", "gate at most limit"),
-        ("swiglu-limit-ten", "swiglu's limit is 10, should be swiglu_limit", "a hard-coded limit", "take swiglu_limit from the config"),
+        ("swiglu-limit-ten", "consistent with swiglu's limit being 10, should be {limit}", "a hard-coded limit", "take swiglu_limit from the config"),
         ("swiglu-gelu", "the gate goes through GELU, should be gate * sigmoid(alpha * gate)", "1.702 is also GELU's approximation",
          "use the sigmoid as it is"),
         ("gate-up-bias-missing", "gate and up have no bias", "code of Mixtral, which has none", "add gate_up.bias"),
@@ -156,12 +160,12 @@ def _model(tap: str, *rows: tuple[str, str, str, str]) -> list[Fault]:
 
 MODEL: list[Fault] = [
     *_model("rope",
-        ("yarn-truncated", "YaRN's bounds are rounded (truncate), should not be", "the library's default where the config is silent",
+        ("yarn-truncated", "YaRN's bounds are rounded (truncate), should not be", "the library's default where the config is silent; mlx-lm 0.32.2 always rounds",
          "keep truncate: false"),
         ("yarn-missing", "YaRN is missing: plain RoPE", "only one of rope_parameters and rope_scaling read", "read both dialects"),
         ("yarn-linear", "every RoPE frequency is divided by the factor: position interpolation, should be YaRN",
          "rope_type linear", "interpolate by YaRN's ramp"),
-        ("rope-theta", "rope_theta is 10000, should be the config's", "the default of other models", "take rope_theta from the config"),
+        ("rope-theta", "consistent with a rope_theta of 10000, should be {theta}", "the default of other models", "take rope_theta from the config"),
         ("yarn-concentration-missing", "YaRN's concentration is missing from cos and sin", "frequencies ported, the factor not",
          "multiply cos and sin by 0.1 ln(factor) + 1"),
         ("yarn-concentration-squared", "YaRN's concentration is applied twice", "to q·k, and to cos and sin too",
@@ -194,7 +198,7 @@ def _weights(*rows: tuple[str, str, str, str, str]) -> list[Fault]:
 CHECKPOINT: list[Fault] = _weights(
     ("weight-transposed", "layer", "its last two axes are transposed", "W·x against x·W; square in the real models, so shapes fit",
      "transpose by layout, never by shape"),
-    ("weight-one-block", "layer", "one block of 32 values is wrong, all others are right", "a damaged file, or a lost write",
+    ("weight-one-block", "layer", "several values of one block of 32 are wrong, all others are right", "a damaged file, or a lost write",
      "verify-oss DST; convert again"),
     ("weight-zeroed", "layer", "it is all zeros", "a tensor that was never written", "verify-oss DST; convert again"),
     ("weight-rows-shifted", "layer", "its rows are shifted by one", "an offset into the file or into a fused tensor", "check the slices"),
@@ -217,6 +221,10 @@ CHECKPOINT: list[Fault] = _weights(
     ("layers-exchanged", "layer", "the layer holds another layer's parameters", "layers sorted by name: 10 before 2",
      "sort layers by number"),
     ("embedding-lm-head-swapped", "model", "the embedding and lm_head are exchanged", "two tensors of one shape", "go by name"),
+    ("lm-head-is-embedding", "model", "lm_head is a copy of the embedding", "tie_word_embeddings", "load lm_head.weight"),
+    ("embedding-is-lm-head", "model", "the embedding is a copy of lm_head", "tied the other way round", "load embedding.weight"),
+    ("heads-transposed", "layer", "its rows are [head_dim, heads], should be [heads, head_dim]", "a reshape in the wrong order",
+     "reshape rows to [heads, head_dim]"),
     ("embedding-rows-shifted", "model", "its rows are shifted by one", "a padding row at 0", "row t is token t"),
     ("nibbles-swapped", "layer", "MXFP4: the high nibble was read first", "other FP4 formats", "low nibble first"),
     ("scale-off-by-one", "layer", "MXFP4: scales are twice what they should be", "a bias of 126", "2^(scale - 127)"),
@@ -230,23 +238,66 @@ CHECKPOINT: list[Fault] = _weights(
 # Right in float32, by arithmetic that no test of behaviour can tell apart; each has its proof in tests/test_parity_faults.py.
 EQUIVALENT: list[Fault] = [
     Fault("norm-cast-first", "attn_norm", "layer", "RMSNorm casts before it multiplies by its scale", "code of Llama",
-          "multiply in float32, then cast", "in float32 there is no cast; in bfloat16 the precision arm shows it"),
+          "multiply in float32, then cast", "in float32 there is no cast; in bfloat16 it is 1.36 times the reference's error, which the precision arm shows and lets pass"),
     Fault("router-softmax-renormalised", "expert_weights", "layer", "expert weights are a softmax over all experts, renormalised",
           "code of Mixtral", "nothing needs doing", "exp(a) / sum over the chosen of exp is the same quotient"),
     Fault("sinks-softmax-rescaled", "attn_core", "layer", "the sink is applied after a softmax without it, by rescaling",
           "fused attention with a log-sum-exp", "nothing needs doing", "softmax(a) · sigmoid(lse - sink) is the same quotient"),
     Fault("mask-finite", "attn_core", "layer", "masked logits are -1e9, should be -inf", "most code",
           "nothing needs doing", "exp(-1e9 - max) is 0 in float32"),
-    Fault("norm-eps", "attn_norm", "layer", "RMSNorm's eps is 1e-6, should be 1e-5", "the default of Llama",
+    Fault("norm-eps", "attn_norm", "layer", "consistent with an eps of 1e-6 in RMSNorm, should be {eps}", "the default of Llama",
           "take rms_norm_eps from the config", "4.5e-6 over the stream's mean square: below the gate from 0.05 on; where it shows, it is named"),
 ]  # fmt: skip
 
 CATALOGUE: dict[str, Fault] = {fault.name: fault for fault in (*CODE, *MODEL, *CHECKPOINT, *EQUIVALENT)}
 
 
-def at(tap: str) -> list[Fault]:
-    """The mistakes that show first at a tap, if they show."""
-    return [fault for fault in CATALOGUE.values() if fault.tap == tap]
+# When a mistake can be made at all, and makes a difference: of the settings of `parity.configs`. Else: always.
+APPLIES: dict[str, Callable[[Settings], bool]] = {
+    **dict.fromkeys(
+        ("router-top-k-less", "router-uniform", "router-weights-reversed", "weights-averaged", "weights-ignored",
+         "weights-before-experts", "down-bias-unweighted"), lambda s: s["num_experts_per_tok"] > 1,
+    ),
+    **dict.fromkeys(
+        ("router-top-k-more", "router-lowest", "router-softmax-over-all"), lambda s: s["num_experts_per_tok"] < s["num_experts"]
+    ),
+    **dict.fromkeys(("experts-off-by-one", "experts-permuted"), lambda s: s["num_experts"] > 1),
+    **dict.fromkeys(("window-half", "window-one-short"), lambda s: s["sliding_window"] > 1),
+    **dict.fromkeys(
+        ("kv-heads-tiled", "sinks-head-order", "qkv-split-by-group"),
+        lambda s: 1 < s["num_key_value_heads"] < s["num_attention_heads"],
+    ),
+    **dict.fromkeys(("yarn-missing", "yarn-linear", "yarn-concentration-missing", "yarn-concentration-squared"),
+                    lambda s: s["rope_factor"] > 1),
+    "layers-exchanged": lambda s: s["num_hidden_layers"] > 1,
+    "rope-half-of-head": lambda s: s["head_dim"] % 4 == 0,
+    "yarn-truncated": lambda s: not s["rope_truncate"],
+    "yarn-betas-exchanged": lambda s: s["rope_beta_fast"] != s["rope_beta_slow"],
+    "yarn-original-length": lambda s: s["rope_original_max_position_embeddings"] != s["max_position_embeddings"],
+    "rope-theta": lambda s: s["rope_theta"] != 1e4,
+    "swiglu-alpha-one": lambda s: s["swiglu_alpha"] != 1,
+    "swiglu-limit-ten": lambda s: s["swiglu_limit"] != 10,
+    "norm-eps": lambda s: s["rms_norm_eps"] != 1e-6,
+}  # fmt: skip
+
+
+def applies(fault: Fault, settings: Settings) -> bool:
+    """To a model with these settings; with none, nobody knows."""
+    return not settings or APPLIES.get(fault.name, lambda settings: True)(settings)
+
+
+def at(tap: str, settings: Settings) -> list[Fault]:
+    """The mistakes that show first at a tap of a model with these settings, if they show."""
+    return [fault for fault in CATALOGUE.values() if fault.tap == tap and applies(fault, settings)]
+
+
+_FILLED = {"alpha": "swiglu_alpha", "limit": "swiglu_limit", "theta": "rope_theta", "eps": "rms_norm_eps"}
+
+
+def sentence(fault: Fault, window: int, settings: Settings) -> str:
+    """`says` with the reference's numbers; the name of the setting where they are not known."""
+    numbers = {key: settings.get(name, name) for key, name in _FILLED.items()}
+    return fault.says.format(window=window, longer=window + 1, shorter=window - 1, half=window // 2, **numbers)
 
 
 def page() -> str:
@@ -255,7 +306,9 @@ def page() -> str:
         "# Known mistakes",
         "",
         "What `check-parity` means when it names one. The tap is where the report first shows it: `weights` means that the",
-        "parameter itself differs, in the checkpoint; any other tap that the weights are right and the code is wrong.",
+        "parameter itself differs, in the checkpoint; any other tap that the tap's own parameters are right, and the code is",
+        "wrong. Configurations are compared first, then parameters, then code: where DST/config.json says something else than",
+        "SRC's, or a parameter of the failing tap differs, that is said, and no mistake of the code is named.",
         "This page is made from [`parity/faults.py`](../parity/faults.py) by `python -m parity.faults`.",
         "",
         "How a name is found: each mistake of the failing tap is made in the reference itself, by transformers' own code, and",
@@ -270,13 +323,14 @@ def page() -> str:
     for title, faults in groups:
         lines += ["", f"## {title}", "", "| name | shows at | what is wrong | usual cause | fix |", "|---|---|---|---|---|"]
         for one in faults:
-            says = one.says.format(window="window", longer="window + 1", shorter="window - 1", half="window / 2")
+            words = {"window": "window", "longer": "window + 1", "shorter": "window - 1", "half": "window / 2"}
+            says = one.says.format(**words, **_FILLED)
             cells = (f"`{one.name}`", f"`{one.tap}`{where.get(one.where, '')}", says, one.seen, one.fix)
             lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lines += ["", "## Numerically equivalent", "", "These make no difference that the gate can see; the proofs are in"]
     lines += ["[`tests/test_parity_faults.py`](../tests/test_parity_faults.py).", ""]
     lines += ["| name | what is done | why it makes no difference |", "|---|---|---|"]
-    lines += [f"| `{one.name}` | {one.says} | {one.equivalent} |" for one in EQUIVALENT]
+    lines += [f"| `{one.name}` | {one.says.format(**_FILLED)} | {one.equivalent} |" for one in EQUIVALENT]
     return "\n".join(lines) + "\n"
 
 

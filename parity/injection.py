@@ -16,7 +16,7 @@ import numpy as np
 
 from oss_model import TransformerBlock, layers, modeling, moe
 from parity.candidate import Candidate, CandidateLayer, Parameters
-from parity.sides import Arrays
+from parity.sides import Arrays, Settings
 
 
 class Injection(NamedTuple):
@@ -45,10 +45,16 @@ class Faulty(Candidate):
 
     def __init__(self, checkpoint: Any, fault: str, n: int | None, read: dict[tuple[str, ...], Parameters] | None = None):
         super().__init__(checkpoint)
+        self.said = super().settings
         self.read = {} if read is None else read
         self.injection, self.n = INJECTIONS[fault], n
         if self.injection.config is not None:
             self.cfg = dataclasses.replace(self.cfg, **self.injection.config(self.cfg))
+
+    @property
+    def settings(self) -> Settings:
+        """What the files say, which are right: a mistake of the code that `cfg` makes is none of theirs."""
+        return self.said
 
     def _restore(self, names: Iterable[str]) -> Parameters:
         key = tuple(names)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from oss_model.errors import InputError
 from oss_model.taps import LAYER_TAPS
 from parity.prompts import Prompt
-from parity.sides import Arrays, Expected, Oracle, OracleLayer, Port, Sizes
+from parity.sides import Arrays, Expected, Oracle, OracleLayer, Port, Settings, Sizes, settings_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -63,6 +63,10 @@ class Recorder:
         return self.oracle.sizes
 
     @property
+    def settings(self) -> Settings:
+        return settings_of(self.oracle)
+
+    @property
     def rope_positions(self) -> np.ndarray:
         last = self.sizes.max_positions - 1
         return np.unique(np.concatenate([np.arange(self.length), np.arange(0, last, ROPE_STRIDE), [last]]))
@@ -103,7 +107,8 @@ class Recorder:
 
     def finish(self) -> None:
         """Without this the recording has no manifest, and is refused."""
-        manifest = {"format": FORMAT, **self.described, "sizes": self.sizes._asdict(), "parameters": self.hashes}
+        manifest = {"format": FORMAT, **self.described, "sizes": self.sizes._asdict(), "settings": self.settings}
+        manifest["parameters"] = self.hashes
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -146,6 +151,7 @@ class Recording:
             if self.manifest["format"] != FORMAT:
                 raise InputError(f"{directory}: expected a recording of format {FORMAT}, found {self.manifest['format']!r}")
             self.sizes = Sizes(**self.manifest["sizes"])
+            self.settings: Settings = self.manifest.get("settings", {})  # recordings made before say nothing
             self.source = self.manifest["source"]
             self.prompt = Prompt(**self.read("prompt"))
             self.rope_positions = self.read("rope")["positions"]

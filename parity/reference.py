@@ -6,17 +6,19 @@ at a time is bitwise equal to the whole model.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import GptOssConfig
+from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from parity import torch_faults, torch_gradients, torch_suspects
-from parity.sides import Arrays, Expected, Sizes
+from parity.sides import Arrays, Expected, Settings, Sizes
 from parity.torch_layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
 
 # OpenAI original -> transformers, within a layer (`block.N.` -> `model.layers.N.`) and outside.
@@ -40,6 +42,11 @@ _OPENAI_MODEL = {
     "norm.scale": "model.norm.weight",
     "unembedding.weight": "lm_head.weight",
 }
+# Of a configuration, what has the same name there and in `parity.configs`.
+_SAME = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts_per_tok", "sliding_window", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
 
 
 class Reference:
@@ -69,6 +76,31 @@ class Reference:
         c = self.config
         window, positions = int(c.sliding_window or 0), c.max_position_embeddings
         return Sizes(c.num_hidden_layers, c.num_local_experts, c.vocab_size, window, positions)
+
+    @property
+    def settings(self) -> Settings:
+        """As transformers understands config.json, its defaults where that is silent; see `parity.configs`."""
+        c: Any = self.config
+        rope = c.rope_parameters
+        with torch.device("meta"):
+            experts = gpt_oss.GptOssExperts(c)
+        found = {name: getattr(c, name) for name in _SAME} | {
+            "num_experts": c.num_local_experts,
+            "layer_types": list(c.layer_types),
+            "swiglu_alpha": float(experts.alpha),
+            "swiglu_limit": float(experts.limit),
+            "rope_theta": float(rope["rope_theta"]),
+            "rope_factor": float(rope["factor"]),
+            "rope_beta_fast": float(rope.get("beta_fast") or 32.0),
+            "rope_beta_slow": float(rope.get("beta_slow") or 1.0),
+            "rope_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "rope_truncate": bool(rope.get("truncate", True)),
+        }
+        written = self.source / "generation_config.json"
+        eos = GenerationConfig.from_pretrained(self.source).eos_token_id if written.exists() else c.eos_token_id
+        if eos is not None and not self.original:
+            found["eos_token_id"] = [eos] if isinstance(eos, int) else list(eos)
+        return found
 
     @property
     def rope_positions(self) -> np.ndarray:
@@ -238,21 +270,53 @@ def _difference(want: torch.Tensor, got: np.ndarray) -> str:
 
     bfloat16 against float32 is compared as float32, which holds every bfloat16 exactly.
     """
-    differing, first, largest = 0, None, 0.0
-    step = max(1, _PIECE * len(want) // want.numel())
-    for start in range(0, len(want), step):
-        a, b = want[start : start + step], to_torch(got[start : start + step])
-        if a.dtype != b.dtype:
-            a, b = a.float(), b.float()
+    differing, first, largest, only = 0, None, 0.0, ""
+    for start, a, b in _pieces(want, got):
         unequal = _bits(a) != _bits(b)
         if unequal.any():
             differing += int(unequal.sum())
             row, *rest = unequal.nonzero()[0].tolist()
             first = first or [start + row, *rest]
             largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max()))
-    if not differing:
-        return ""
-    return f"{differing} of {want.numel()} values differ, first at {first}, by at most {largest:.3g}"
+            x, y = a[unequal][:1], b[unequal][:1]
+            what = "one bit of one value differs" if _one_bit(_bits(x), _bits(y)) else "one value differs"
+            only = f"{what}, at {first}: {float(y):.4g}, should be {float(x):.4g}"
+    if differing <= 1:
+        return only
+    share = f"{differing} of {want.numel()} values differ ({differing / want.numel():.2%})"
+    share = f"{share}, first at {first}, by at most {largest:.3g}"
+    return share if want.dtype == torch.uint8 else f"{share}{_relation(want, got)}"
+
+
+def _relation(want: torch.Tensor, got: np.ndarray) -> str:
+    """How large the difference of two parameters is by the size of the right one, and whether it is a plain multiple of it."""
+    aa = ab = bb = 0.0
+    low, high = float("inf"), -float("inf")
+    for _, a, b in _pieces(want, got):
+        a, b = a.double(), b.double()
+        aa, ab, bb = aa + float((a * a).sum()), ab + float((a * b).sum()), bb + float((b * b).sum())
+        low, high = min(low, float(b.min())), max(high, float(b.max()))
+    if not all(map(math.isfinite, (aa, ab, bb))):
+        return ", some of it not finite"
+    if low == high:
+        return f": every value is {low:.4g}"
+    relative = f", {math.sqrt(max(aa - 2 * ab + bb, 0.0) / aa):.1e} relative" if aa else ""
+    times = ab / aa if aa else 1.0
+    # Within what a bfloat16 rounds; a difference that small itself is no multiple.
+    multiple = aa and bb - times * ab <= 1e-5 * bb and abs(times - 1) > 0.01
+    return f"{relative}: it is {times:.4g} times what it should be" if multiple else relative
+
+
+def _pieces(want: torch.Tensor, got: np.ndarray) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(first row, rows of one, rows of the other), in one dtype."""
+    step = max(1, _PIECE * len(want) // want.numel())
+    for start in range(0, len(want), step):
+        a, b = want[start : start + step], to_torch(got[start : start + step])
+        yield (start, a, b) if a.dtype == b.dtype else (start, a.float(), b.float())
+
+
+def _one_bit(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (int(a) ^ int(b)).bit_count() == 1 or (int(a) ^ int(b)) == -(1 << (8 * a.element_size() - 1))
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from oss_model.taps import LAYER_TAPS
+from parity import configs
 from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN
 
 
@@ -74,7 +75,11 @@ class Report:
     # "margin", "explained"}: of the free run with the reference's routing replayed; one that is not explained fails
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # with its own routing, told and not judged:
     # the same keys, and "follows": None, or {"layer", "token"} of the earlier flip that explains it
-    diagnosis: dict[str, Any] | None = None  # {"fault", "residual_before", "residual_after", ...}: what explains it
+    configs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "checkpoint", "source", "logits"}
+    # of what the two configurations say differently; "logits": whether these depend on it
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    errors: list[str] = dataclasses.field(default_factory=list)  # of the diagnosis itself, which are bugs
+    diagnosis: dict[str, Any] | None = None  # {"cause", "fault", "residual_before", "residual_after", ...}: what explains it
     pattern: str = ""  # of the first divergence: which heads, experts, channels
     tried: int = 0  # known mistakes that were tried on it
     explained: str = ""  # where: "layer 3 attn_core", or a parameter's name
@@ -107,6 +112,7 @@ class Report:
 
     def _divergences(self) -> Iterator[dict[str, Any]]:
         yield from ({"layer": tap.layer, "tap": tap.tap} for tap in self.taps if tap.verdict == "fail")
+        yield from ({"layer": None, "tap": "config"} for difference in self.configs if difference["logits"])
         yield from ({"layer": weight.layer, "tap": "weights"} for weight in self.weights if weight.note)
         failing = [self._jump()] if self.free_run is not None and self.free_run["verdict"] == "fail" else []
         failing += [(flip["layer"], "expert_choice") for flip in self.judged_flips if not flip["explained"]]
@@ -151,6 +157,9 @@ class Report:
             "tokens": self.tokens,
             "seed": self.seed,
             "dtype": self.dtype,
+            "configs": self.configs,
+            "warnings": self.warnings,
+            "errors": self.errors,
             "precision": self.precision,
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
@@ -176,6 +185,10 @@ _COLUMNS = "{:<9} {:<18} {:<12} {:<15} {:<36} {}"
 def _table(report: Report) -> Iterable[str]:
     arms = "check-parity --layers" if report.layers else "check-parity"
     yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
+    yield from (f"warning: {warning}" for warning in report.warnings)
+    for difference in report.configs:
+        verdict = "FAIL" if difference["logits"] else "not in the logits"
+        yield f"config     {configs.said(difference)}   {verdict}"
     exact = sum(not weight.note for weight in report.weights)
     verdict = "ok" if exact == len(report.weights) else "FAIL"
     yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "", "bit-exact, decoded by transformers", verdict)
@@ -202,6 +215,8 @@ def _table(report: Report) -> Iterable[str]:
         yield f"gradients  {len(report.gradients)} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {verdict}"
     for reason in report.incomplete:
         yield f"incomplete: {reason}"
+    for error in report.errors:
+        yield f"error: {error}; this is a bug of check-parity, please report it"
     where = report.first_divergence
     if where is not None:
         place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
@@ -271,9 +286,8 @@ def _flip_rows(report: Report) -> Iterable[str]:
 def _diagnosis_rows(report: Report) -> Iterable[str]:
     found = report.diagnosis
     if found is not None:
-        before, after = (f"{found[key]:.1e}" for key in ("residual_before", "residual_after"))
         where = f"{found['tap']}: " if "." in found["tap"] else ""
-        yield f"diagnosis: {where}{found['fault']}: residual {before} -> {after}   [{found['name']}]"
+        yield f"diagnosis: {where}{found['fault']}{residuals(found)}   [{found['name']}]"
         yield f"  to do: {found['fix']}"
         if found["others"]:
             yield f"  as well as: {', '.join(other['name'] for other in found['others'])}"
@@ -282,6 +296,12 @@ def _diagnosis_rows(report: Report) -> Iterable[str]:
         why = f"none of the {report.tried} known mistakes of this place explains it"
         why = why if report.tried else "no known mistake could be tried here; it takes SRC and PyTorch"
         yield f"diagnosis: {report.explained}: {why}{pattern}"
+
+
+def residuals(diagnosis: dict[str, Any]) -> str:
+    """Measured of a mistake that was tried; nothing was of what two files say."""
+    before, after = diagnosis["residual_before"], diagnosis["residual_after"]
+    return "" if before is None else f": residual {before:.1e} -> {after:.1e}"
 
 
 def _healthy(taps: list[TapResult]) -> bool:

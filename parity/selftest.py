@@ -20,7 +20,7 @@ from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
 from parity.corruption import SOURCE, corrupt_checkpoint, corrupt_source
-from parity.faults import CATALOGUE, Fault
+from parity.faults import CATALOGUE, Fault, applies
 from parity.injection import INJECTIONS, Faulty
 from parity.prompts import random_prompt
 from parity.reference import Reference, ReferenceLayer
@@ -60,7 +60,7 @@ class SelfTest:
 
     @property
     def exit_code(self) -> int:
-        right = all(outcome.found and outcome.located for outcome in self.outcomes)
+        right = all(outcome.found and outcome.located and outcome.named for outcome in self.outcomes)
         return 0 if right and self.outcomes and not self.alarms else 4
 
     def to_json(self) -> str:
@@ -115,9 +115,7 @@ def self_test(
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
     start, result, cfg = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny()
-    faults = [fault for fault in CATALOGUE.values() if only(fault)]
-    places = [(fault, n) for fault in faults for n in _layers(fault, cfg, depths)]
-    total, done = seeds * (len(places) + len(HEALTHY)), 0
+    done = 0
     for seed in range(seeds):
         work = scratch / f"seed-{seed}"
         source, checkpoint, packed = work / "source", work / "checkpoint", work / "packed"
@@ -125,6 +123,9 @@ def self_test(
         convert(source, checkpoint)
         convert(source, packed, "mxfp4")
         reference, read = _Kept(source), {}
+        fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, reference.settings)]
+        places = [(fault, n) for fault in fitting for n in _layers(fault, cfg, depths)]
+        total = seeds * (len(places) + len(HEALTHY))
         usual = _last_logits(reference, seed)
         for options in HEALTHY:
             progress(done, total, "healthy")

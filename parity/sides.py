@@ -9,11 +9,12 @@ asked for one by one. An arm that a side has no part in is reported as incomplet
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+Settings = dict[str, Any]  # what a configuration says: names of `oss_model.ModelConfig`, and eos_token_id -> value as JSON
 
 
 class Sizes(NamedTuple):
@@ -71,6 +72,19 @@ class Port(Protocol):
     def layer(self, n: int) -> Layer: ...
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays: ...
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class SupportsSettings(Protocol):
+    """A side, whichever, that says what its configuration holds: what differs there is told before anything else."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+
+def settings_of(side: object) -> Settings:
+    """Empty if it does not say."""
+    return side.settings if isinstance(side, SupportsSettings) else {}
 
 
 @runtime_checkable

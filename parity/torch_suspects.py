@@ -55,10 +55,11 @@ def _suspects(
     matrix, expert = want.dim() > 1, name.startswith(("mlp.gate_up", "mlp.down"))
     yield ("bias-dropped" if name.endswith("bias") else "weight-zeroed"), torch.zeros_like(want)
     if n is None:
-        other = {"embedding.weight": "lm_head.weight", "lm_head.weight": "model.embed_tokens.weight"}
-        if name in other:
-            yield "embedding-lm-head-swapped", reference._model_tensor(other[name])
+        if name == "lm_head.weight":
+            yield "lm-head-is-embedding", reference._model_tensor("model.embed_tokens.weight")
         if name == "embedding.weight":
+            # or exchanged, which lm_head tells: `Diagnosis.finish`
+            yield "embedding-is-lm-head", reference._model_tensor("lm_head.weight")
             yield from (("embedding-rows-shifted", want.roll(by, 0)) for by in (1, -1))
         return
     layer = reference.parameter_of
@@ -77,6 +78,7 @@ def _suspects(
     if expert:
         yield from _expert_suspects(reference, n, name, want, e)
     elif name.startswith("attn.") and name.split(".")[1] in ("q_proj", "k_proj", "v_proj"):
+        yield "heads-transposed", want.transpose(0, 1).reshape(want.shape)
         yield from _qkv_suspects(reference, n, name, want)
     if matrix:
         yield "weight-transposed", want.transpose(-1, -2).reshape(want.shape)
@@ -87,11 +89,12 @@ def _suspects(
 
 
 def _one_block(want: torch.Tensor, got: torch.Tensor) -> torch.Tensor | None:
-    """`want` with one block of 32 as it is in `got`, if no other differs."""
+    """`want` with one block of 32 as it is in `got`, if several of its values differ and none outside it."""
     if want.shape[-1] % 32 or want.dtype != got.dtype:
         return None
-    wrong = (want != got).reshape(-1, 32).any(-1).nonzero().flatten()
-    if len(wrong) != 1:
+    unequal = (want != got).reshape(-1, 32)
+    wrong = unequal.any(-1).nonzero().flatten()
+    if len(wrong) != 1 or int(unequal.sum()) == 1:
         return None
     fixed = want.clone().contiguous()
     fixed.view(-1, 32)[wrong] = got.reshape(-1, 32)[wrong]

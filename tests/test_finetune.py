@@ -44,9 +44,13 @@ def command(src: Path, text: Path, run: Path, *options: str) -> list[str]:
     return [sys.executable, *map(str, (SCRIPT, src, text, run)), *FAST, *options]
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """The same for every run: flags of XLA may change the last bit."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+
+
 def finetune(src: Path, text: Path, run: Path, *options: str, devices: int = 1) -> str:
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command(src, text, run, *options), capture_output=True, text=True, env=env)
+    done = subprocess.run(command(src, text, run, *options), capture_output=True, text=True, env=environment(devices))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -83,8 +87,9 @@ def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path):
     assert losses(whole)[-1] < losses(whole)[0] - 0.5
 
     killed = subprocess.Popen(
-        command(source, text, tmp_path / "killed", *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        command(source, text, tmp_path / "killed", *options),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not any((tmp_path / "killed/steps" / str(step)).is_dir() for step in range(4, 24, 4)):
         assert killed.poll() is None

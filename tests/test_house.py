@@ -39,6 +39,7 @@ def packages(source: str) -> set[str]:
 
 
 JUDGE = {
+    "parity/configs.py",
     "parity/reference.py",
     "parity/torch_faults.py",
     "parity/torch_gradients.py",

@@ -44,7 +44,7 @@ def reference(sources):
 
 @pytest.fixture(scope="module")
 def model(sources, cfg):
-    return create_model_from_checkpoint(sources["hf"], cfg)
+    return create_model_from_checkpoint(sources["hf"], dataclasses.replace(cfg, param_dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def assert_same_logits(got, want, bound=LOGITS):
 @pytest.mark.parametrize("layout", ["hf", "hf-bf16", "openai"])
 @pytest.mark.parametrize("path", ["scan", "pairs", "ragged"])
 def test_float32_logits_equal_transformers(sources, cfg, prompt, want, layout, path):
-    model = create_model_from_checkpoint(sources[layout], dataclasses.replace(cfg, expert_path=path))
+    model = create_model_from_checkpoint(sources[layout], dataclasses.replace(cfg, expert_path=path, param_dtype="bfloat16"))
     logits = forward(model, prompt)
     assert logits.dtype == jnp.float32
     assert_same_logits(logits, want)

@@ -143,7 +143,7 @@ class Statistics:
 
 
 def watch(directory: Path, cfg: ModelConfig, length: int) -> list[Statistics]:
-    model = create_model_from_checkpoint(directory, cfg)
+    model = create_model_from_checkpoint(directory, dataclasses.replace(cfg, param_dtype="bfloat16"))
     seen: dict = {}
 
     def hook(layer, name, value):

@@ -373,7 +373,7 @@ def test_one_flipped_bit_is_named(sources, broken):
     assert report.first_divergence == {"layer": 3, "tap": "weights"}
     (wrong,) = (weight for weight in report.weights if weight.note)
     assert wrong.name == "layers.3.mlp.down.weight"
-    assert wrong.note.startswith("1 of 138240 values differ, first at [0, 0, 77], by at most ")
+    assert wrong.note.startswith("one bit of one value differs, at [0, 0, 77]: ")
 
 
 def test_a_lost_minus_zero_is_a_difference(sources, broken):

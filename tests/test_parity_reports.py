@@ -49,6 +49,7 @@ def broken(healthy) -> Report:
     healthy.flips = [flip | {"token": t, "explained": True, "follows": FOLLOWS.get(t)} for t in range(128, 167)]
     healthy.flips += [flip | {"token": 167, "explained": False, "follows": None}]
     healthy.diagnosis = {
+        "cause": "code",
         "fault": "the sliding window is 129, should be 128",
         "name": "window-one-long",
         "layer": 16,
