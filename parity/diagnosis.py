@@ -5,6 +5,7 @@ parameters are right: wrong ones explain what they do.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,11 @@ from parity.sides import Arrays, Expected, Oracle, OracleLayer, Settings, settin
 
 # A mistake is named when it takes the residual below the arm's gate, and at least this many times down.
 COLLAPSE = 10.0
+MOST = 16  # parameters that are tried: of a fine-tuned model all differ, and experts are gigabytes
+_EXCHANGES = {
+    "norm-scales-swapped": (("attn.norm", "mlp.norm"),),
+    "qkv-k-v-exchanged": (("k_proj", "v_proj"),),
+}
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
 # Of each tap, the parameters that it is computed with; those of a layer without its prefix.
 PARAMETERS = {
@@ -25,12 +31,21 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+class Explained(NamedTuple):
+    """The known mistakes that explain a parameter, the best first: (name, share that differed, share left)."""
+
+    found: list[tuple[str, float, float]]
+    where: str
+
+
 class Diagnosis:
     """Of one run. Only what diverges first is looked into: later divergences may be its consequences."""
 
     def __init__(self, report: Report, judge: Judge, oracle: Oracle):
         self.report, self.judge, self.done = report, judge, False
         self.window, self.settings = oracle.sizes.window, settings_of(oracle)
+        self.looked: set[str] = set()  # parameters that differ, and were tried
+        self.explained: dict[str, Explained] = {}  # and what explains them
 
     def configuration(self, port: Settings) -> None:
         """Before anything else: what explains everything that follows from it."""
@@ -41,16 +56,22 @@ class Diagnosis:
             self._tell("config", None, "config", f"{'; '.join(said)}", "config-differs", fix)
 
     def parameter(self, expected: Expected, got: np.ndarray) -> None:
-        """Of a parameter that is not what it should be. One that was trained is not explained, and is not the end of it."""
-        if self.done:
+        """Of a parameter that is not what it should be. It may be harmless, or trained: what it explains is told later."""
+        name = expected.name
+        copied = name == "lm_head.weight" and "embedding.weight" in self.explained  # the two halves of an exchange
+        if len(self.looked) >= MOST and not copied:
             return
-        tried: list[tuple[str, float, float]] = []
+        self.looked.add(name)
+        tried: list[tuple[str, float, float, str]] = []
         try:
             for one in expected.suspects(got):
                 tried.append(one)
         except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
-            self._failed(f"looking into {expected.name}", error)
-        self._conclude("weights", None, expected.name, tried, 0.01, "")
+            self._failed(f"looking into {name}", error)
+        wheres = {fault: where for fault, _, _, where in tried}
+        found = _collapsing([(fault, before, after) for fault, before, after, _ in tried], 0.01)
+        if found:
+            self.explained[name] = Explained(found, wheres[found[0][0]])
 
     def tap(self, n: int, tap: str, oracle: OracleLayer, x: np.ndarray, taps: Arrays, got: np.ndarray) -> None:
         """Of a layer's tap that fails on the reference's inputs `taps`."""
@@ -65,8 +86,7 @@ class Diagnosis:
             return self._residual(got, made)
 
         tried = self._try(tap, lambda fault: oracle.run_with(fault, x, taps, tap), measure, measure(taps[tap]))
-        self._conclude("code", n, tap, tried, metrics.SEMANTICS_GATE, pattern(tap, got, taps, self.judge))
-        self.done = True
+        self._conclude(n, tap, tried, metrics.SEMANTICS_GATE, pattern(tap, got, taps, self.judge))
 
     def outside(self, tap: str, oracle: Oracle, given: np.ndarray, want: np.ndarray, got: np.ndarray) -> None:
         """Of a tap outside the layers: `given` is what it is computed from."""
@@ -79,23 +99,47 @@ class Diagnosis:
         else:
             gate, measure = metrics.SEMANTICS_GATE, lambda made: self._residual(got, made)
         tried = self._try(tap, lambda fault: oracle.run_with(fault, given), measure, measure(want))
-        self._conclude("code", None, tap, tried, gate, "")
-        self.done = True
+        self._conclude(None, tap, tried, gate, "")
 
     def finish(self) -> None:
-        """When every parameter has been seen: what one alone could not tell."""
-        found, differing = self.report.diagnosis, self._differing("")
-        if found is not None and found["name"] == "embedding-is-lm-head" and "lm_head.weight" in {w.name for w in differing}:
-            swapped = faults.CATALOGUE["embedding-lm-head-swapped"]
-            found |= {"name": swapped.name, "fault": swapped.says, "fix": swapped.fix}
-        if not differing or (self.done and (found is None or found["name"] != "weights-differ")):
+        """When every parameter has been seen: where nothing but weights is wrong, or what one alone could not tell."""
+        differing = self._differing("")
+        if differing and not self.done:
+            first = next((one for one in differing if one.name in self.explained), differing[0])
+            self._tell_of(first, f" (and {len(differing) - 1} parameters more)" if len(differing) > 1 else "")
+        found = self.report.diagnosis
+        both = ("embedding-is-lm-head", "lm-head-is-embedding")
+        halves = [self.explained[name].found[0][0] for name in ("embedding.weight", "lm_head.weight") if name in self.explained]
+        if found is not None and found["name"] in both and halves == list(both):
+            exchange = faults.CATALOGUE["embedding-lm-head-swapped"]
+            found |= {"name": exchange.name, "fault": exchange.says, "fix": exchange.fix}
+        if found is not None and found["name"] == "weights-differ" and len(differing) == len(self.report.weights) > 1:
+            all_of_it = f"0 of {len(differing)} parameters are exact: another model, or all of it was trained; "
+            found["fault"] = all_of_it + found["fault"]
+
+    def _tell_of(self, weight: Weight, rest: str) -> None:
+        """That a parameter differs, by its known mistake if it has one."""
+        known = self.explained.get(weight.name)
+        if known is None:
+            said = f"it is not that of SRC: {weight.note}{rest}"
+            self._tell("weights", weight.layer, weight.name, said, "weights-differ", _CONVERT)
             return
-        first = differing[0] if found is None else next(one for one in differing if one.name == found["tap"])
-        rest = f" (and {len(differing) - 1} parameters more)" if len(differing) > 1 else ""
-        said = f"it is not that of SRC: {first.note}{rest}"
-        if len(differing) == len(self.report.weights) > 1:
-            said = f"0 of {len(differing)} parameters are exact: another model, or all of it was trained; {first.note}"
-        self._tell("weights", first.layer, first.name, said, "weights-differ", _CONVERT)
+        (name, before, after), *others = known.found
+        fault = faults.CATALOGUE[name]
+        says = f"{known.where}: {fault.says}" if known.where else fault.says
+        partner = self._partner(name, weight.name)
+        if partner is not None and not self._differing(partner):
+            name, says = "weights-differ", f"it is a copy of {partner}, which is as it should be"
+        self._tell("weights", weight.layer, weight.name, says, name, fault.fix, (before, after), others)
+
+    @staticmethod
+    def _partner(fault: str, name: str) -> str | None:
+        """The other parameter of an exchange: where that is right, there was none."""
+        for a, b in _EXCHANGES.get(fault, ()):
+            for one, other in ((a, b), (b, a)):
+                if one in name:
+                    return name.replace(one, other)
+        return None
 
     def _weights(self, n: int | None, tap: str) -> bool:
         """Whether a parameter that the tap is computed with differs; then that is what is said."""
@@ -103,9 +147,9 @@ class Diagnosis:
         differing = [one for part in PARAMETERS.get(tap, ()) for one in self._differing(prefix + part)]
         if not differing:
             return False
-        first, *others = differing
-        rest = f" (and {', '.join(one.name for one in others)})" if others else ""
-        self._tell("weights", n, first.name, f"it is not that of SRC: {first.note}{rest}", "weights-differ", _CONVERT)
+        first = next((one for one in differing if one.name in self.explained), differing[0])
+        others = [one.name for one in differing if one is not first]
+        self._tell_of(first, f" (and {', '.join(others)})" if others else "")
         return True
 
     def _differing(self, prefix: str) -> list[Weight]:
@@ -131,19 +175,17 @@ class Diagnosis:
     def _failed(self, doing: str, error: Exception) -> None:
         self.report.errors.append(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    def _conclude(
-        self, cause: str, layer: int | None, tap: str, tried: Iterable[tuple[str, float, float]], gate: float, where: str
-    ) -> None:
+    def _conclude(self, layer: int | None, tap: str, tried: list[tuple[str, float, float]], gate: float, where: str) -> None:
+        """Of a tap whose parameters are right."""
+        self.done = True
         self.report.explained = tap if layer is None else f"layer {layer} {tap}"
-        tried = sorted(tried, key=lambda one: one[2])
-        found = [one for one in tried if one[2] <= gate and one[2] * COLLAPSE <= one[1]]
         self.report.pattern = where
         self.report.tried = len(tried)
-        if found:
+        if found := _collapsing(tried, gate):
             (name, before, after), *others = found
             fault = faults.CATALOGUE[name]
             says = faults.sentence(fault, self.window, self.settings)
-            self._tell(cause, layer, tap, says, name, fault.fix, (before, after), others)
+            self._tell("code", layer, tap, says, name, fault.fix, (before, after), others)
 
     def _tell(
         self, cause: str, layer: int | None, tap: str, says: str, name: str, fix: str,
@@ -161,6 +203,11 @@ class Diagnosis:
             "fix": fix,
             "others": [{"name": other, "residual_after": left} for other, _, left in others],
         }
+
+
+def _collapsing(tried: Iterable[tuple[str, float, float]], gate: float) -> list[tuple[str, float, float]]:
+    """Those of (name, residual before, after) that take it down to noise, the best first."""
+    return [one for one in sorted(tried, key=lambda one: one[2]) if one[2] <= gate and one[2] * COLLAPSE <= one[1]]
 
 
 _CONVERT = "if it was trained, that is all; if not: verify-oss DST SRC, and convert again"

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from parity import metrics
+from parity import configs, metrics
 from parity.report import Report, TapResult
 
 _BELOW, _ABOVE = 5, 4  # decades of the colour scale on the two sides of the gate
@@ -101,6 +101,8 @@ def _first(report: Report) -> dict[str, Any] | None:
 
 def _why(report: Report, tap: str) -> str:
     """What is wrong there, where no component that is fed the reference's own input is."""
+    if tap == "config":
+        return "the two configurations differ in what logits depend on, however little of it this prompt shows"
     if tap == "gradients":
         return "gradients are computed from the last layer back, so what lies before it gets wrong ones from here"
     if tap == "expert_choice":
@@ -115,7 +117,9 @@ def _why(report: Report, tap: str) -> str:
 
 def _also(report: Report) -> list[str]:
     """What else is wrong or worth a warning, of what no first divergence speaks of."""
-    found = []
+    found = [*report.warnings]
+    found += [f"{configs.said(one)}{'' if one['logits'] else ', which is not in the logits'}." for one in report.configs]
+    found += [f"{error}; this is a bug of check-parity, please report it." for error in report.errors]
     if unexplained := sum(not flip["explained"] for flip in report.judged_flips):
         found.append(
             f"Expert flips not explained, the reference's routing replayed: {unexplained} of {len(report.judged_flips)}."

@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 
+from parity import configs
 from parity.metrics import PRECISION_FAIL
 from parity.report import Report, TapResult, Weight
 
@@ -19,6 +20,9 @@ def render(report: Report) -> str:
     properties = ET.SubElement(suite, "properties")
     for key in ("verdict", "model", "source", "checkpoint", "tokens", "seed", "peak_rss_bytes"):
         ET.SubElement(properties, "property", name=key, value=_text(getattr(report, key)))
+    case = _case(suite, "check-parity", "configuration")
+    if wrong := [configs.said(one) for one in report.configs if one["logits"]]:
+        _outcome(case, "failure", wrong[0], wrong)
     _weights(suite, report.weights)
     for tap in report.taps:
         _tap(suite, tap)

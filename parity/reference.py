@@ -90,10 +90,10 @@ class Reference:
             "swiglu_alpha": float(experts.alpha),
             "swiglu_limit": float(experts.limit),
             "rope_theta": float(rope["rope_theta"]),
-            "rope_factor": float(rope["factor"]),
+            "rope_factor": float(rope.get("factor", 1.0)),
             "rope_beta_fast": float(rope.get("beta_fast") or 32.0),
             "rope_beta_slow": float(rope.get("beta_slow") or 1.0),
-            "rope_original_max_position_embeddings": rope["original_max_position_embeddings"],
+            "rope_original_max_position_embeddings": rope.get("original_max_position_embeddings", c.max_position_embeddings),
             "rope_truncate": bool(rope.get("truncate", True)),
         }
         written = self.source / "generation_config.json"
@@ -159,7 +159,7 @@ class Reference:
         return next(tensor for found, tensor in as_in_orbax(self.config, n, tensors) if found == f"layers.{n}.{name}")
 
     def _expected(self, n: int | None, name: str, want: torch.Tensor) -> Expected:
-        def suspects(got: np.ndarray) -> Iterator[tuple[str, float, float]]:
+        def suspects(got: np.ndarray) -> Iterator[tuple[str, float, float, str]]:
             yield from torch_suspects.explain(self, n, name.removeprefix(f"layers.{n}."), want, to_torch(got))
 
         return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want), suspects)
@@ -316,7 +316,8 @@ def _pieces(want: torch.Tensor, got: np.ndarray) -> Iterator[tuple[int, torch.Te
 
 
 def _one_bit(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (int(a) ^ int(b)).bit_count() == 1 or (int(a) ^ int(b)) == -(1 << (8 * a.element_size() - 1))
+    differ = (int(a) ^ int(b)) & ((1 << 8 * a.element_size()) - 1)  # without the sign that Python would count by
+    return differ.bit_count() == 1
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

@@ -141,6 +141,7 @@ def self_test(
             else:
                 port, changed = _corrupted(fault, n, source, checkpoint, packed, work / f"wrong-{done}", convert)
             report = compare(reference, port, seed=seed)
+            result.alarms += [f"{fault.name}, layer {n}, seed {seed}: {error}" for error in report.errors]
             if fault.equivalent:
                 result.equivalent += 1
                 if report.verdict != "pass":
@@ -171,7 +172,7 @@ def _layers(fault: Fault, cfg: ModelConfig, depths: int) -> list[int | None]:
         return [None]
     wanted = {"sliding": "sliding_attention", "full": "full_attention"}.get(fault.where)
     fitting = [n for n, kind in enumerate(cfg.layer_types) if wanted in (None, kind)]
-    return list(dict.fromkeys([fitting[0], fitting[-1], fitting[len(fitting) // 2]][:depths]))
+    return list(dict.fromkeys([fitting[0], fitting[-1], fitting[len(fitting) // 2]][:depths])) if fitting else []
 
 
 def _corrupted(

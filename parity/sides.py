@@ -31,14 +31,14 @@ class Expected(NamedTuple):
     Attributes:
       differs: says how a stored one is different; empty if it is not.
       suspects: which known mistakes would explain that: (fault, share of values that differ from the right ones, share
-        that differs from what the mistake makes of them).
+        that differs from what the mistake makes of them, which experts it is about; empty if it is all of them).
     """
 
     name: str
     shape: tuple[int, ...]
     differs: Callable[[np.ndarray], str]
     value: Callable[[], np.ndarray]
-    suspects: Callable[[np.ndarray], Iterable[tuple[str, float, float]]] = lambda got: ()
+    suspects: Callable[[np.ndarray], Iterable[tuple[str, float, float, str]]] = lambda got: ()
 
 
 class Layer(Protocol):

@@ -14,7 +14,7 @@ from parity.torch_layer import gate_and_up
 
 def explain(
     reference: Any, n: int | None, name: str, want: torch.Tensor, got: torch.Tensor
-) -> Iterator[tuple[str, float, float]]:
+) -> Iterator[tuple[str, float, float, str]]:
     """Which mistakes would explain that a parameter is not what it should be; see `parity.sides.Expected.suspects`.
 
     Args:
@@ -25,16 +25,29 @@ def explain(
     """
     if got.dtype not in _BITS or (got.dtype != want.dtype and torch.equal(got.to(want.dtype).to(got.dtype), got)):
         got = got.to(want.dtype)
-    order, e = None, 0
-    if name.startswith(("mlp.gate_up", "mlp.down")):
-        order = _order(want, got)
-        e = next(i for i in range(len(want)) if _share(want[i], got[i]) > 0)
-        if order is not None:
-            yield "experts-permuted", _share(want[e], got[e]), _share(want[order[e]], got[e])
-        want, got = want[e : e + 1], got[e : e + 1]  # the rest is tried on one expert: a layer's are gigabytes
-    before = _share(want, got)
-    for fault, wrong in _suspects(reference, n, name, want, got, e):
-        yield fault, before, _share(wrong, got)
+    if not name.startswith(("mlp.gate_up", "mlp.down")):
+        before = _share(want, got)
+        for fault, wrong in _suspects(reference, n, name, want, got, 0):
+            yield fault, before, _share(wrong, got), ""
+        return
+    wrong_ones = [e for e in range(len(want)) if _share(want[e], got[e]) > 0]
+    e, *others = wrong_ones
+    if (order := _order(want, got)) is not None:
+        yield "experts-permuted", _share(want[e], got[e]), _share(want[order[e]], got[e]), ""
+    where = "" if len(wrong_ones) == len(want) else f"expert{'s' * bool(others)} {', '.join(map(str, wrong_ones[:6]))}"
+    where += f"{', …' if len(wrong_ones) > 6 else ''} of {len(want)}" if where else ""
+    before = _share(want[e], got[e])
+    for fault, wrong in _suspects(reference, n, name, want[e : e + 1], got[e : e + 1], e):
+        after = _share(wrong, got[e : e + 1])
+        if after < before and others:  # tried on one expert, a layer's are gigabytes; said of all only if it is all of theirs
+            after = max(after, *(_again(reference, n, name, want, got, other, fault) for other in others))
+        yield fault, before, after, where
+
+
+def _again(reference: Any, n: int | None, name: str, want: torch.Tensor, got: torch.Tensor, e: int, fault: str) -> float:
+    """The least share of values that this mistake leaves unexplained in expert e."""
+    made = _suspects(reference, n, name, want[e : e + 1], got[e : e + 1], e)
+    return min((_share(wrong, got[e : e + 1]) for other, wrong in made if other == fault), default=1.0)
 
 
 _BITS = {torch.uint8: torch.uint8, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -57,8 +70,7 @@ def _suspects(
     if n is None:
         if name == "lm_head.weight":
             yield "lm-head-is-embedding", reference._model_tensor("model.embed_tokens.weight")
-        if name == "embedding.weight":
-            # or exchanged, which lm_head tells: `Diagnosis.finish`
+        if name == "embedding.weight":  # or exchanged, which lm_head tells: `Diagnosis.parameter`
             yield "embedding-is-lm-head", reference._model_tensor("lm_head.weight")
             yield from (("embedding-rows-shifted", want.roll(by, 0)) for by in (1, -1))
         return

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from converter import convert
@@ -21,7 +23,7 @@ from parity.cli import main
 from parity.corruption import CHECKPOINT, SOURCE, corrupt_checkpoint
 from parity.injection import INJECTIONS, Faulty
 from parity.prompts import Prompt, random_prompt
-from parity.reference import Reference
+from parity.reference import Reference, _difference
 from parity.report import Report
 from parity.sides import Sizes
 from parity.torch_faults import MODEL_TRIALS, TRIALS
@@ -288,6 +290,72 @@ def test_a_copy_is_not_an_exchange(tmp_path, sources, checkpoints, fault):
     corrupt_checkpoint(fault, checkpoints["bfloat16"], tmp_path / "wrong", 0, checkpoints["mxfp4"])
     report = compare(sources["hf"], tmp_path / "wrong", layers=False)
     assert (report.diagnosis["name"], report.diagnosis["cause"]) == (fault, "weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("attn.norm.scale", "mlp.norm.scale"),
+        ("mlp.norm.scale", "attn.norm.scale"),
+        ("attn.v_proj.weight", "attn.k_proj.weight"),
+    ],
+)
+def test_a_copy_within_a_layer_is_not_an_exchange(monkeypatch, tmp_path, sources, checkpoints, name, other):
+    change = lambda tree, p: {p + name: tree[p + other]}  # noqa: E731
+    wrong = corrupted(monkeypatch, checkpoints["bfloat16"], checkpoints["mxfp4"], tmp_path / "wrong", change, 1)
+    report = compare(sources["hf"], wrong, layers=False)
+    assert report.diagnosis["fault"] == f"it is a copy of layers.1.{other}, which is as it should be"
+    assert report.diagnosis["name"] == "weights-differ"
+
+
+def test_lm_head_is_not_exchanged_only_because_it_is_wrong_too(monkeypatch, tmp_path, sources, checkpoints):
+    change = lambda tree, p: {"embedding.weight": tree["lm_head.weight"], "lm_head.weight": tree["lm_head.weight"][::-1]}  # noqa: E731
+    wrong = corrupted(monkeypatch, checkpoints["bfloat16"], checkpoints["mxfp4"], tmp_path / "wrong", change)
+    assert compare(sources["hf"], wrong, layers=False).diagnosis["name"] == "embedding-is-lm-head"
+
+
+def of_experts(change, *experts):
+    """`change` of these experts' down projections alone."""
+
+    def apply(tree, p):
+        value = tree[p + "mlp.down.weight"].copy()
+        for e in experts:
+            value[e] = change(value[e])
+        return {p + "mlp.down.weight": value}
+
+    return apply
+
+
+def one_block(value):
+    value = value.copy()
+    value[7, 32:64] *= np.asarray(2, value.dtype)
+    return value
+
+
+def test_what_is_wrong_in_some_experts_is_said_of_these(monkeypatch, tmp_path, sources, checkpoints):
+    packed = checkpoints["mxfp4"]
+    zeros = of_experts(np.zeros_like, 1, 4)
+    wrong = corrupted(monkeypatch, checkpoints["bfloat16"], packed, tmp_path / "zeros", zeros)
+    assert compare(sources["hf"], wrong, layers=False).diagnosis["fault"] == "experts 1, 4 of 9: it is all zeros"
+    one = corrupted(monkeypatch, checkpoints["bfloat16"], packed, tmp_path / "block", of_experts(one_block, 2))
+    said = "expert 2 of 9: several values of one block of 32 are wrong, all others are right"
+    assert compare(sources["hf"], one, layers=False).diagnosis["fault"] == said
+    both = lambda tree, p: of_experts(one_block, 2)(tree | of_experts(np.zeros_like, 5)(tree, p), p)  # noqa: E731
+    two = corrupted(monkeypatch, checkpoints["bfloat16"], packed, tmp_path / "both", both)
+    assert compare(sources["hf"], two, layers=False).diagnosis["name"] == "weights-differ"
+
+
+def test_one_bit_is_one_and_not_all_the_others():
+    value = np.array([1.0, 2.0, 3.0], np.float32).astype(ml_dtypes.bfloat16)
+    for mask, said in (
+        (0x8000, "one bit of one value"),
+        (0x0001, "one bit of one value"),
+        (0xFFFE, "one value"),
+        (0x7FFF, "one"),
+    ):
+        wrong = value.copy()
+        wrong.view(np.uint16)[1] ^= np.uint16(mask)
+        assert _difference(torch.from_numpy(value.astype(np.float32)).bfloat16(), wrong).startswith(f"{said} "), hex(mask)
 
 
 def test_another_model_is_called_one(tmp_path, cfg, sources):

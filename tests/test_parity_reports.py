@@ -82,6 +82,10 @@ def jumps(layer: int | None):
     return make
 
 
+def configs_differ(report: Report) -> None:
+    report.configs = [{"name": "sliding_window", "checkpoint": 129, "source": 128, "logits": True}]
+
+
 def flips_unexplained(*layers: int):
     flip = {"token": 3, "lost": [0], "took": [1], "margin": 0.5, "explained": False}
     return lambda report: report.judged_flips.extend(flip | {"layer": n} for n in layers)
@@ -97,6 +101,7 @@ FAILING = {
     "the free run, from a layer on": (jumps(5), {"layer": 5, "tap": "free run"}),
     "the free run, from the first layer on": (jumps(0), {"layer": 0, "tap": "free run"}),
     "the free run, after the layers": (jumps(None), {"layer": None, "tap": "logits"}),
+    "a configuration": (configs_differ, {"layer": None, "tap": "config"}),
     "a choice": (flips_unexplained(4, 9), {"layer": 4, "tap": "expert_choice"}),
     "gradients": (gradients_wrong("layers.0.q", "layers.10.q", "layers.9.q"), {"layer": 10, "tap": "gradients"}),
     "gradients of the norm": (gradients_wrong("layers.0.q", "norm.scale"), {"layer": None, "tap": "gradients"}),
@@ -174,7 +179,7 @@ def cases(report: Report) -> dict[str, ET.Element]:
 
 def test_junit_has_a_case_a_tap_and_all_are_good(healthy):
     found = cases(healthy)
-    named = ["weights", "rope", "final_norm", "logits", "free run", "expert flips", "complete"]
+    named = ["configuration", "weights", "rope", "final_norm", "logits", "free run", "expert flips", "complete"]
     inside = [f"check-parity.layer {n}.{name}" for n in range(24) for name in LAYER_TAPS]
     models = {f"check-parity.{'model.' if name in ('rope', 'final_norm', 'logits') else ''}{name}" for name in named}
     assert set(found) == {*inside, *models}
@@ -183,6 +188,15 @@ def test_junit_has_a_case_a_tap_and_all_are_good(healthy):
     assert [suites.get(key) for key in ("tests", "failures", "errors", "skipped")] == [str(len(found)), "0", "0", "0"]
     assert suites[0].attrib == suites.attrib
     assert {p.get("name"): p.get("value") for p in suites.iter("property")}["verdict"] == "pass"
+
+
+def test_a_configuration_that_differs_fails_in_every_report(healthy):
+    configs_differ(healthy)
+    said = "DST/config.json says sliding_window 129, SRC says 128"
+    found = cases(healthy)["check-parity.configuration"]
+    assert (found[0].tag, found[0].get("message")) == ("failure", said)
+    assert f"config     {said}   FAIL" in healthy.table()
+    assert said in page.render(healthy)
 
 
 def test_junit_fails_what_diverged_and_errs_on_what_was_not_compared(broken):
