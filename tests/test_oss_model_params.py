@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from converter import convert
-from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, layouts
+from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, layouts
 from oss_model.params import parameter_name
 
 
@@ -179,3 +179,17 @@ def test_the_seeds_examples(checkpoints, tmp_path):
     assert logits.shape == (1, 5, 509)
     assert logits.dtype == jnp.bfloat16
     assert ModelConfig.default(use_sharding=False).num_hidden_layers == 36
+
+
+def test_the_adapter_for_tunix_warns_of_parameters_that_would_not_move(even_cfg):
+    """Once, and of nothing where LoRA or float32 parameters are trained."""
+    from oss_model.tunix import TunixTransformer
+
+    with pytest.warns(UserWarning, match="full fine-tuning loses steps") as caught:
+        TunixTransformer(Transformer(even_cfg, rngs=nnx.Rngs(0)))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    TunixTransformer(Transformer(dataclasses.replace(even_cfg, param_dtype="float32"), rngs=nnx.Rngs(0)))
+    adapted = Transformer(even_cfg, rngs=nnx.Rngs(0))
+    add_lora(adapted, r".*q_proj", rank=2, rngs=nnx.Rngs(1))
+    TunixTransformer(adapted)
