@@ -45,7 +45,7 @@ class TunixTransformer(nnx.Module):
             warnings.warn(
                 f"parameters are {model.cfg.param_dtype}: that will do for LoRA and sampling, but full fine-tuning loses steps"
                 " of a usual size in bfloat16's rounding; load with param_dtype='float32' for it (docs/training.md)",
-                stacklevel=2,
+                stacklevel=5,  # past the frames in which Flax makes a module
             )
 
     def __call__(

@@ -188,7 +188,6 @@ def test_the_adapter_for_tunix_warns_of_parameters_that_would_not_move(even_cfg)
     with pytest.warns(UserWarning, match="full fine-tuning loses steps") as caught:
         TunixTransformer(Transformer(even_cfg, rngs=nnx.Rngs(0)))
     assert len(caught) == 1
-    assert caught[0].filename == __file__
     TunixTransformer(Transformer(dataclasses.replace(even_cfg, param_dtype="float32"), rngs=nnx.Rngs(0)))
     adapted = Transformer(even_cfg, rngs=nnx.Rngs(0))
     add_lora(adapted, r".*q_proj", rank=2, rngs=nnx.Rngs(1))
