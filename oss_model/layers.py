@@ -67,7 +67,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         """A token outside the vocabulary, a negative one too, gives NaN rather than somebody else's embedding."""
-        rows = self.weight[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+        rows = jnp.asarray(self.weight[...]).at[tokens].get(mode="fill", wrap_negative_indices=False)
         return constrain("blh", rows.astype(self.dtype))
 
 

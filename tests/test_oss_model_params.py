@@ -181,6 +181,23 @@ def test_the_seeds_examples(checkpoints, tmp_path):
     assert ModelConfig.default(use_sharding=False).num_hidden_layers == 36
 
 
+def test_a_plain_restore_leaves_numpy_which_computes_too(checkpoints):
+    """Without shardings Orbax restores NumPy arrays. In a process of its own: here every array is checked to be JAX's."""
+    code = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from oss_model import ModelConfig, create_model_from_checkpoint
+model = create_model_from_checkpoint(sys.argv[1], ModelConfig.from_json(sys.argv[1] + "/config.json"))
+graphdef, state = nnx.split(model)
+plain = nnx.merge(graphdef, jax.tree.map(np.asarray, state))
+tokens = jnp.arange(40)[None]
+assert jnp.array_equal(plain(tokens), model(tokens))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoints["bfloat16"])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_adapter_for_tunix_warns_of_parameters_that_would_not_move(even_cfg):
     """Once, and of nothing where LoRA or float32 parameters are trained."""
     from oss_model.tunix import TunixTransformer

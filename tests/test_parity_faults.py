@@ -262,6 +262,20 @@ def test_right_parameters_elsewhere_in_the_layer_do_not_hide_a_mistake_of_the_co
     assert (report.first_divergence, report.diagnosis["name"]) == ({"layer": 0, "tap": "attn_core"}, "window-one-long")
 
 
+def test_a_harmless_difference_does_not_hide_a_mistake_further_on(monkeypatch, tmp_path, sources, checkpoints):
+    """-0.0 that became 0.0 is explained, and changes nothing; a later layer's window does."""
+
+    def lost(tree, p):
+        value = tree[p + "mlp.gate_up.weight"].copy()
+        value[value == 0] = 0
+        return {p + "mlp.gate_up.weight": value}
+
+    wrong = corrupted(monkeypatch, checkpoints["bfloat16"], checkpoints["mxfp4"], tmp_path / "wrong", lost)
+    assert compare(sources["hf"], wrong).diagnosis["name"] == "minus-zero-lost"
+    report = compare(sources["hf"], Faulty(wrong, "window-one-long", 2, {}))
+    assert (report.first_divergence, report.diagnosis["name"]) == ({"layer": 2, "tap": "attn_core"}, "window-one-long")
+
+
 def flip(value, index, bit):
     value = value.copy()
     value.view(np.uint16)[index] ^= 1 << bit
