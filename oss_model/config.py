@@ -255,7 +255,9 @@ def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
         faults.append(f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}")
     for key in sorted(rest.keys() - _HARMLESS):
         faults.append(f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused")
-    for field in sorted(names.keys() - found.keys() - _OPTIONAL):
+    # transformers 4 knows no such key and writes none: its code says 7.
+    optional = _OPTIONAL | {"swiglu_limit"} if hf else _OPTIONAL
+    for field in sorted(names.keys() - found.keys() - optional):
         faults.append(f"{where}: {names[field]}: missing; is this the config.json of a gpt-oss model?")
     raise_all(faults)
     found = {field: _CAST.get(_TYPES[field], lambda value: value)(value) for field, value in found.items()}

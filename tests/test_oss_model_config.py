@@ -446,8 +446,8 @@ def test_layer_types_of_the_wrong_type(value):
             ["rope_scaling.truncate: found False, but True elsewhere in the file; keep one"],
         ),
         (
-            without(PUBLISHED, "swiglu_limit", "head_dim"),
-            [f"{key}: missing; is this the config.json of a gpt-oss model?" for key in ("head_dim", "swiglu_limit")],
+            without(PUBLISHED, "sliding_window", "head_dim"),
+            [f"{key}: missing; is this the config.json of a gpt-oss model?" for key in ("head_dim", "sliding_window")],
         ),
         (
             without(ORIGINAL, "rope_ntk_alpha", "num_experts", "rope_scaling_factor"),
@@ -481,8 +481,15 @@ def test_null_where_there_is_no_default(key):
     assert faults(file) == [f"config.json: {key}: expected {expected}, found None"]
 
 
+def test_a_limit_that_transformers_4_does_not_write_is_its_codes():
+    """`limit = 7.0` in its modeling_gpt_oss.py; a key of its own came later. OpenAI's own files always say."""
+    assert ModelConfig.from_json(without(PUBLISHED, "swiglu_limit")).swiglu_limit == 7.0
+    with pytest.raises(InputError, match="swiglu_limit: missing"):
+        ModelConfig.from_json(without(ORIGINAL, "swiglu_limit"))
+
+
 def test_all_faults_at_once_in_the_order_of_the_table():
-    file = without(with_rope(rope_type="linear", mscale=1.0, factor="x"), "swiglu_limit")
+    file = without(with_rope(rope_type="linear", mscale=1.0, factor="x"), "sliding_window")
     file |= {"vocab_size": "big", "head_dim": None, "attention_bias": False, "zzz": 1, "aaa": 2}
     assert faults(file) == [
         "config.json: vocab_size: expected an integer, found 'big'",
@@ -493,7 +500,7 @@ def test_all_faults_at_once_in_the_order_of_the_table():
         "config.json: attention_bias: only True is implemented, found False",
         "config.json: aaa: not a key of gpt-oss; it may change the arithmetic, so it is refused",
         "config.json: zzz: not a key of gpt-oss; it may change the arithmetic, so it is refused",
-        "config.json: swiglu_limit: missing; is this the config.json of a gpt-oss model?",
+        "config.json: sliding_window: missing; is this the config.json of a gpt-oss model?",
     ]
     with pytest.raises(InputError) as caught:
         ModelConfig.from_json(file)
