@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SPEC = importlib.util.spec_from_file_location("finetune", SCRIPT)
 SCRIPT_MODULE = importlib.util.module_from_spec(SPEC)  # type: ignore[arg-type]
 sys.modules["finetune"] = SCRIPT_MODULE
 SPEC.loader.exec_module(SCRIPT_MODULE)  # type: ignore[union-attr]
+COMPILED = Path(tempfile.gettempdir()) / f"finetune-compiled-{os.getpid()}"
 ATTENTION = ".*(q|k|v|o)_proj"
 FAST = ["--batch", "2", "--length", "24", "--learning-rate", "1e-2", "--compute", "float32"]
 
@@ -32,6 +34,12 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("Every layer is compared with the reference, and the first difference is named.\n" * 8)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    yield
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture
@@ -45,8 +53,10 @@ def command(src: Path, text: Path, run: Path, *options: str) -> list[str]:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """The same for every run: flags of XLA may change the last bit."""
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+    """The same for every run: flags of XLA may change the last bit. What one run compiles, the next one finds."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    kept = {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return os.environ | kept | {"XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
 
 
 def finetune(src: Path, text: Path, run: Path, *options: str, devices: int = 1) -> str:

@@ -28,7 +28,7 @@ NOT_RUN = {
     "check-parity --self-test": "takes minutes; tests/test_parity_faults.py runs it in parts",
 }
 # What a person's model and text are too large for here: the script's own options, for a test of seconds.
-SMALL = ["--batch", "8", "--length", "8", "--steps", "1"]
+SMALL = ["--batch", "8", "--length", "8", "--steps", "1", "--remat", "none"]
 
 
 def finetune(*args: str) -> int:
