@@ -17,10 +17,7 @@ from parity.sides import Arrays, Expected, Oracle, OracleLayer, Settings, settin
 # A mistake is named when it takes the residual below the arm's gate, and at least this many times down.
 COLLAPSE = 10.0
 MOST = 16  # parameters that are tried: of a fine-tuned model all differ, and experts are gigabytes
-_EXCHANGES = {
-    "norm-scales-swapped": (("attn.norm", "mlp.norm"),),
-    "qkv-k-v-exchanged": (("k_proj", "v_proj"),),
-}
+_EXCHANGES = {"norm-scales-swapped": ("attn.norm", "mlp.norm"), "qkv-k-v-exchanged": ("k_proj", "v_proj")}
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
 # Of each tap, the parameters that it is computed with; those of a layer without its prefix.
 PARAMETERS = {
@@ -53,7 +50,7 @@ class Diagnosis:
         said = [configs.said(one) for one in self.report.configs if one["logits"]]
         if said:
             fix = "make DST/config.json say what SRC's does; convert-oss copies it"
-            self._tell("config", None, "config", f"{'; '.join(said)}", "config-differs", fix)
+            self._tell("config", None, "config", "; ".join(said), "config-differs", fix)
 
     def parameter(self, expected: Expected, got: np.ndarray) -> None:
         """Of a parameter that is not what it should be. It may be harmless, or trained: what it explains is told later."""
@@ -135,11 +132,10 @@ class Diagnosis:
     @staticmethod
     def _partner(fault: str, name: str) -> str | None:
         """The other parameter of an exchange: where that is right, there was none."""
-        for a, b in _EXCHANGES.get(fault, ()):
-            for one, other in ((a, b), (b, a)):
-                if one in name:
-                    return name.replace(one, other)
-        return None
+        if fault not in _EXCHANGES:
+            return None
+        a, b = _EXCHANGES[fault]
+        return name.replace(a, b) if a in name else name.replace(b, a)
 
     def _weights(self, n: int | None, tap: str) -> bool:
         """Whether a parameter that the tap is computed with differs; then that is what is said."""
