@@ -4,18 +4,29 @@ oss_model is imported inside the fixtures: jaxtyping's import hook, which checks
 run time, is installed after this file is read.
 """
 
+import atexit
 import dataclasses
+import errno
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
+from converting import contents
 
 # Hundreds of small models are compiled, each for one call: LLVM's optimisations take half of the suite's time. They are
 # none of XLA's own passes, which stay; XLA_FLAGS= (empty) has them too, as scripts/matrix does.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# What one process has compiled, the others find: those of the tests, and those that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else is on the first
@@ -76,3 +87,81 @@ def even_checkpoints(tmp_path_factory, even_cfg) -> dict[str, Path]:
 def prompt() -> np.ndarray:
     """int32 [2, 40]: more than three windows."""
     return np.random.default_rng(0).integers(0, 509, (2, 40), dtype=np.int32)
+
+
+# --- conversions that are cut off -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hf(sources) -> Path:
+    return sources["hf"]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A source of one layer, where the number of chunks does not matter."""
+    from oss_model import ModelConfig
+    from oss_model.synthetic import write_checkpoint
+
+    cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=1, layer_types=())
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "source", cfg)
+
+
+@pytest.fixture(scope="session")
+def small_out(small, tmp_path_factory) -> Path:
+    """Converted, as float32. Read only."""
+    from converter import convert
+
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, "float32", verify=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_whole(small, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion of it to bfloat16 writes."""
+    from converter import convert
+
+    out = tmp_path_factory.mktemp("small") / "out"
+    convert(small, out, verify=False)
+    return contents(out)
+
+
+@pytest.fixture(scope="session")
+def whole(hf, tmp_path_factory) -> dict[str, bytes]:
+    """What an uninterrupted conversion writes."""
+    from converter import convert
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(hf, out, verify=False)
+    return contents(out)
+
+
+@pytest.fixture
+def fail_after(monkeypatch):
+    """Make the n-th chunk fail, half written, as a full disk does."""
+    from converter.store import Store
+
+    def install(count: int) -> None:
+        write, left = Store.write_chunk, [count]
+
+        def failing(self, chunk, pieces):
+            left[0] -= 1
+            if left[0] < 0:
+                path = self.directory / chunk.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, chunk, pieces)
+
+        monkeypatch.setattr(Store, "write_chunk", failing)
+
+    yield install
+    monkeypatch.undo()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest first (scripts/test hands them out in this order): none is left over for one process."""
+    longest = ("parity_faults", "oss_model_processes", "readme", "finetune", "parity_arms", "parity_diagnosis", "parity_memory")
+    order = {f"test_{name}": n for n, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
