@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from parity.comparison import compare
-    from parity.report import Report
+    from parity.reports.report import Report
 
 __all__ = ["Report", "compare"]
 
-_HOME = {"compare": "comparison", "Report": "report"}
+_HOME = {"compare": "comparison", "Report": "reports.report"}
 
 
 def __getattr__(name: str):

@@ -34,7 +34,7 @@ from oss_model.params import abstract_model, as_stored, parameter_name, stored_p
 from oss_model.restoring import restoring
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import configs, gradients, memory
-from parity.sides import Arrays, Settings, Sizes
+from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
@@ -83,6 +83,10 @@ class Candidate:
         with contextlib.suppress(InputError):  # nothing says where a text ends
             found["eos_token_id"] = list(eos_tokens(self.path))
         return found | {"layer_types": list(self.cfg.layer_types)}
+
+    @property
+    def can(self) -> PortCan:
+        return PortCan(self.settings, gradients=self, least_memory=self)
 
     def restore(self, names: Iterable[str]) -> Arrays:
         """These parameters as stored, read by plain Orbax."""
@@ -165,6 +169,10 @@ class CandidateLayer:
 
     def __init__(self, candidate: Candidate, n: int, arrays: Parameters):
         self.candidate, self.n, self.arrays = candidate, n, arrays
+
+    @property
+    def can(self) -> LayerCan:
+        return LayerCan(decode=self, restore=self)
 
     def restore(self, names: Iterable[str]) -> Arrays:
         """These parameters as stored, from memory."""

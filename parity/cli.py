@@ -16,7 +16,7 @@ from oss_model.exits import run_click
 
 if TYPE_CHECKING:
     from parity.recording import Recording
-    from parity.report import Report
+    from parity.reports.report import Report
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -157,7 +157,7 @@ def _two_prompts(context: click.Context) -> list[str]:
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
     from converter import convert
-    from parity.selftest import self_test
+    from parity.mistakes.selftest import self_test
 
     with _progress_bar() as progress:
         result = self_test(scratch, convert, progress=progress)
@@ -232,7 +232,7 @@ def _misplaced(files: dict[str, Path], record: Path | None) -> list[str]:
 
 
 def _write(report: "Report", files: dict[str, Path]) -> None:
-    from parity import html, junit
+    from parity.reports import html, junit
 
     render = {
         "json": lambda: report.to_json() + "\n",

@@ -3,13 +3,13 @@
 Weights: every stored byte. Semantics: each component fed the reference's input and routing, in float32. Precision:
 the same in bfloat16, the port's error over the reference's own. Free run: the whole model, its own states carried
 from layer to layer. Decode: a token at a time on the key-value cache. Bounds and their reasons are in
-`parity.metrics`; what the two sides are in `parity.sides`.
+`parity.metrics`; what the two sides are in `parity.protocols`.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,25 +20,14 @@ from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity import configs
-from parity.diagnosis import Diagnosis
 from parity.judge import ROUTING, Judge
 from parity.memory import check_free_memory, check_memory
+from parity.mistakes.diagnosis import Diagnosis
+from parity.mistakes.parameters import Parameters
 from parity.prompts import Prompt, random_prompt
-from parity.recording import Recorder, Recording
-from parity.report import Report, Weight
-from parity.sides import (
-    Arrays,
-    Expected,
-    GradientOracle,
-    Layer,
-    Oracle,
-    OracleLayer,
-    Port,
-    SupportsDecode,
-    SupportsGradients,
-    SupportsRestore,
-    settings_of,
-)
+from parity.protocols import Arrays, Asked, Oracle, OracleLayer, Port, PortLayer, SupportsRestore
+from parity.recording import Recorder
+from parity.reports.report import Report, Weight
 
 Progress = Callable[[int, int, str], None]
 _UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
@@ -64,7 +53,7 @@ def compare(
 
     Args:
       source: the safetensors directory, read and computed by transformers alone; or a recording of that.
-      checkpoint: the Orbax checkpoint, computed by our `Transformer`; or a model of one's own (`parity.sides.Port`).
+      checkpoint: the Orbax checkpoint, computed by our `Transformer`; or a model of one's own (`parity.protocols.Port`).
       layers: run the semantics arm, every tap of every layer. Without it: weights and free run only.
       tokens: length of the random prompt; 2.5 times the sliding window if None.
       seed: of the random prompt.
@@ -95,9 +84,9 @@ def compare(
     else:
         oracle = source
     window = oracle.sizes.window
-    if isinstance(oracle, Recording):
-        _check_recording(oracle, port, dtype, gradients, layers)
-        prompt = oracle.prompt if prompt is None and tokens is None else prompt
+    raise_all(oracle.faults(port, Asked(layers, dtype, gradients)))
+    if prompt is None and tokens is None:
+        prompt = oracle.prompt
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
     longest = int(prompt.valid.sum(axis=1).max())
@@ -113,13 +102,13 @@ def compare(
         )
     if max_memory is not None:
         check_memory(port, prompt.tokens.shape, max_memory, gradients)
-    if gradients and isinstance(port, SupportsGradients):
+    if gradients and port.can.gradients is not None:
         check_free_memory(port)
     watched, recorder = oracle, None
     if record is not None:
         described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
         watched = recorder = Recorder(oracle, record, prompt, described)
-    title, warnings = configs.title(oracle.sizes, settings_of(oracle))
+    title, warnings = configs.title(oracle.sizes, oracle.settings)
     report = Report(str(source), str(checkpoint), title, longest, seed, layers, dtype, warnings=warnings)
     if dtype == "bfloat16" and not layers:
         report.lacks("precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16")
@@ -168,13 +157,13 @@ class _Run:
 
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
-        self.diagnosis = Diagnosis(self.report, self.judge, self.oracle)
+        self.diagnosis = Diagnosis(self.report, self.judge, self.oracle, self.port)
 
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
-        self.diagnosis.configuration(settings_of(self.port))
-        fits = self.weights(self.oracle.first_parameters(), self.port.restore)
+        self.diagnosis.configuration(self.port.can.settings or {})
+        fits = self.weights(Parameters("", list(self.oracle.first_parameters()), self.port.restore))
         if sizes != (count, self.oracle.sizes.vocab):
             self.report.lacks(_UNFIT)
             fits = False
@@ -183,7 +172,7 @@ class _Run:
             self.progress(n, count, f"layer {n}")
             streams = self.layer(n, streams)
         self.progress(count, count, "logits")
-        if not self.weights(self.oracle.last_parameters(), self.port.restore):
+        if not self.weights(Parameters("", list(self.oracle.last_parameters()), self.port.restore)):
             streams = None
         for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
             self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
@@ -199,10 +188,10 @@ class _Run:
 
     # --- weights ------------------------------------------------------------------------------------------------
 
-    def weights(self, expected: Iterable[Expected], read: Callable[[list[str]], Arrays]) -> bool:
+    def weights(self, parameters: Parameters) -> bool:
         """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
         fits = True
-        for one in expected if self.port.stored else ():
+        for one in parameters.expected if self.port.stored else ():
             name, shape = one.name, one.shape
             found = self.port.stored.get(name)
             if found is None:
@@ -210,10 +199,10 @@ class _Run:
             elif found[0] != shape:
                 note = f"shape {list(found[0])}, should be {list(shape)}"
             else:
-                got = read([name])[name]
+                got = parameters.restore([name])[name]
                 self.report.weights.append(Weight(name, one.differs(got)))
                 if self.report.weights[-1].note:
-                    self.diagnosis.parameter(one, got)
+                    self.diagnosis.parameter(one, got, parameters)
                 continue
             fits = False
             self.report.weights.append(Weight(name, note))
@@ -227,11 +216,11 @@ class _Run:
         positions = self.oracle.rope_positions
         got, want = self.port.rope_tables(positions), self.oracle.rope_tables(positions)
         self.judge.rope(positions, got, want)
-        self.explain("rope", positions, np.stack(want[1:]), np.stack(got))
+        self.explain("rope", {"positions": positions}, np.stack(want[1:]), np.stack(got))
         tokens = self.prompt.tokens
         truth, ours = self.oracle.embed(tokens, FLOAT32), self.port.embed(tokens, FLOAT32)
         self.judge.tap(None, "embedding", ours, truth)
-        self.explain("embedding", tokens, truth, ours)
+        self.explain("embedding", {"tokens": tokens}, truth, ours)
         if not self.precision:
             return _Streams(truth, ours, ours)
         return _Streams(truth, ours, ours, self.port.embed(tokens, BFLOAT16), self.oracle.embed(tokens, BFLOAT16))
@@ -240,15 +229,18 @@ class _Run:
         """Everything about one layer, whose parameters are in memory meanwhile; returns the streams after it."""
         layer = self.port.layer(n) if n < self.port.sizes.layers else None
         expected = self.oracle.layer(n)
-        read = layer.restore if isinstance(layer, SupportsRestore) else self.port.restore
-        fits = self.weights(expected.parameters(self.packed), read)
-        return self.activations(n, expected, layer, streams) if fits and streams is not None and layer is not None else None
+        reads: SupportsRestore = self.port if layer is None or layer.can.restore is None else layer.can.restore
+        parameters = Parameters(f"layers.{n}.", list(expected.parameters(self.packed)), reads.restore, expected)
+        fits = self.weights(parameters)
+        return self.activations(n, parameters, layer, streams) if fits and streams is not None and layer is not None else None
 
-    def activations(self, n: int, expected: OracleLayer, layer: Layer, streams: _Streams) -> _Streams | None:
+    def activations(self, n: int, parameters: Parameters, layer: PortLayer, streams: _Streams) -> _Streams | None:
+        expected = parameters.layer
+        assert expected is not None
         taps = expected.run(streams.truth)
         routing = {"expert_choice": taps["expert_choice"]}
         if self.report.layers:
-            self.semantics(n, expected, layer, streams.truth, taps)
+            self.semantics(n, parameters, expected, layer, streams.truth, taps)
             if self.precision:
                 self.judge.precision(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
         free = layer.run(streams.own)
@@ -281,12 +273,14 @@ class _Run:
             self.report.lacks(f"{arm}: the port shows no {', '.join(missing)}, so it was not run to its end")
         return not missing
 
-    def decoded(self, n: int, layer: Layer, x: np.ndarray, taps: Arrays, whole: Arrays) -> None:
-        if isinstance(layer, SupportsDecode):
-            got = layer.decode(x, taps["expert_choice"])
+    def decoded(self, n: int, layer: PortLayer, x: np.ndarray, taps: Arrays, whole: Arrays) -> None:
+        if layer.can.decode is not None:
+            got = layer.can.decode.decode(x, taps["expert_choice"])
             self.judge.tap(n, "decode", got, whole["layer_out"], "one token at a time against the whole prompt")
         else:
-            self.report.lacks("decode: the port has layers that cannot (parity.sides.SupportsDecode): they were not decoded")
+            self.report.lacks(
+                "decode: the port has layers that cannot (parity.protocols.SupportsDecode): they were not decoded"
+            )
 
     def last(self, streams: _Streams) -> None:
         taps = self.oracle.unembed(streams.truth)
@@ -294,7 +288,7 @@ class _Run:
             got = self.port.unembed(streams.truth, taps)
             for name in ("final_norm", "logits"):
                 self.judge.tap(None, name, got.get(name), taps[name])
-                self.explain(name, streams.truth if name == "final_norm" else taps["final_norm"], taps[name], got.get(name))
+                self.explain(name, {"x": streams.truth, "final_norm": taps["final_norm"]}, taps[name], got.get(name))
             if self.precision:
                 truth16 = streams.truth.astype(BFLOAT16)
                 self.judge.precision(None, taps, *(side.unembed(truth16, taps) for side in (self.port, self.oracle)))
@@ -308,12 +302,16 @@ class _Run:
             logits["reference_bfloat16"] = self.oracle.unembed(streams.reference16)["logits"]
         self.judge.free_run(taps["logits"], **logits)
 
-    def explain(self, tap: str, given: np.ndarray, want: np.ndarray, got: np.ndarray | None) -> None:
+    def explain(self, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray | None) -> None:
         if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:
-            self.diagnosis.outside(tap, self.oracle, given, want, got.reshape(want.shape))
+            parameters = [*self.oracle.first_parameters(), *self.oracle.last_parameters()]
+            self.diagnosis.tap(None, tap, Parameters("", parameters, self.port.restore), given, want, got.reshape(want.shape))
 
-    def semantics(self, n: int, expected: OracleLayer, layer: Layer, x: np.ndarray, taps: Arrays) -> None:
+    def semantics(
+        self, n: int, parameters: Parameters, expected: OracleLayer, layer: PortLayer, x: np.ndarray, taps: Arrays
+    ) -> None:
         got = layer.run(x, taps)
+        positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
         for name in LAYER_TAPS:
             have, want = got.get(name), taps.get(name)
             if have is None or want is None or have.size != want.size:
@@ -325,9 +323,10 @@ class _Run:
             else:
                 self.judge.tap(n, name, have, want)
             if have is not None and want is not None and self.report.taps[-1].verdict == "fail":
-                self.diagnosis.tap(n, name, expected, x, taps, have)
+                given = {**taps, "x": x, "positions": positions}
+                self.diagnosis.tap(n, name, parameters, given, want, have)
 
-    def experts(self, n: int, expected: OracleLayer, layer: Layer, taps: Arrays, have: np.ndarray) -> None:
+    def experts(self, n: int, expected: OracleLayer, layer: PortLayer, taps: Arrays, have: np.ndarray) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""
         want, note = taps["mlp_out"], ""
         missed = np.setdiff1d(np.arange(self.oracle.sizes.experts), taps["expert_choice"])
@@ -346,35 +345,18 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
     """The gradients arm, on tokens [1, length]; what a side has no gradient of is said to be incomplete."""
     from parity.gradients import compare_gradients
 
-    if not isinstance(port, SupportsGradients):
-        report.lacks("gradients: the port has none (parity.sides.SupportsGradients): they were not compared")
-    elif not isinstance(oracle, GradientOracle):
-        report.lacks("gradients: the reference has none (parity.sides.GradientOracle): they were not compared")
+    if port.can.gradients is None:
+        report.lacks("gradients: the port has none (parity.protocols.SupportsGradients): they were not compared")
+    elif oracle.differentiates is None:
+        report.lacks("gradients: the reference has none: they were not compared")
     else:
-        want, routing = oracle.gradients(tokens)
-        got = port.gradients(tokens, routing)
+        want, routing = oracle.differentiates.gradients(tokens)
+        got = port.can.gradients.gradients(tokens, routing)
         names = [name for name in port.stored or want if name in want]
         missing = [name for name in names if name not in got]
         if missing:
             report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
-
-
-def _check_recording(recording: Recording, port: Port, dtype: str, gradients: bool, layers: bool) -> None:
-    faults = []
-    if layers and not recording.manifest["layers"]:
-        faults.append(f"{recording.directory}: recorded without --layers; record it again, or leave --layers out")
-    if recording.sizes != port.sizes and recording.sizes.layers != port.sizes.layers:
-        faults.append(f"{recording.directory}: recorded of another model: {recording.sizes}, the checkpoint has {port.sizes}")
-    elif not recording.is_of(port):
-        faults.append(f"{recording.directory}: recorded of another checkpoint: none of its small parameters is the same")
-    if gradients:
-        faults.append(f"{recording.directory}: recorded without gradients; --gradients needs SRC and PyTorch")
-    if dtype != recording.manifest["dtype"]:
-        faults.append(
-            f"{recording.directory}: recorded in {recording.manifest['dtype']}; --dtype {dtype} needs SRC and PyTorch"
-        )
-    raise_all(faults)
 
 
 def _versions() -> dict[str, str]:

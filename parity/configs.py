@@ -5,7 +5,7 @@ Names are those of `oss_model.ModelConfig`, whoever reads the file; values are a
 
 from typing import Any
 
-from parity.sides import Settings, Sizes
+from parity.protocols import Settings, Sizes
 
 # What the logits depend on, and what else is worth a line where it differs.
 LOGITS = (

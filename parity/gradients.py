@@ -2,7 +2,7 @@
 
 The loss is the mean cross entropy of the next token. The port goes by the reference's routing, since which experts
 are chosen is not differentiated, and a near-tie must not decide what is compared. PyTorch's half is in
-`parity.torch_gradients`.
+`parity.reference.gradients`.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from oss_model import Transformer
 from oss_model.params import parameter_name
 from oss_model.taps import tapping
 from parity import metrics
-from parity.sides import Arrays
+from parity.protocols import Arrays
 
 
 def compare_gradients(want: Arrays, got: Arrays, names: Iterable[str]) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def compare_gradients(want: Arrays, got: Arrays, names: Iterable[str]) -> list[d
 
 
 def of_model(model: Transformer, tokens: np.ndarray, routing: list[np.ndarray]) -> Arrays:
-    """`parity.sides.SupportsGradients.gradients` of our model."""
+    """`parity.protocols.SupportsGradients.gradients` of our model."""
     graphdef, state = nnx.split(model)
     # Gradients come in their parameter's dtype, and bfloat16 would hide a difference.
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, state)

@@ -7,8 +7,8 @@ import numpy as np
 
 from parity import metrics
 from parity.prompts import Prompt
-from parity.report import Report, TapResult
-from parity.sides import Arrays
+from parity.protocols import Arrays
+from parity.reports.report import Report, TapResult
 
 ROUTING = ("router_logits", "expert_choice")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from oss_model.errors import InputError
 from oss_model.memory import rss
-from parity.sides import Port, SupportsLeastMemory
+from parity.protocols import Port
 
 if TYPE_CHECKING:
     from parity.candidate import Candidate
@@ -51,12 +51,12 @@ def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients
     Raises:
       InputError: if it takes more than `max_memory` bytes, or if the port does not say what it takes.
     """
-    if not isinstance(port, SupportsLeastMemory):
+    if port.can.least_memory is None:
         raise InputError(
-            f"--max-memory: expected a port that says what it takes (parity.sides.SupportsLeastMemory), found {port}, which"
+            f"--max-memory: expected a port that says what it takes (parity.protocols.SupportsLeastMemory), found {port}, which"
             " does not; leave it out"
         )
-    need = port.least_memory(*prompt)
+    need = port.can.least_memory.least_memory(*prompt)
     if gradients:
         need = max(need, rss() + SLACK_BYTES + gradient_bytes(port))
     if need > max_memory:

@@ -12,6 +12,9 @@ SEMANTICS_GATE = 1e-4
 # worst of 16 seeds over 4 to 24 layers (5e-6). Routing and scale faults, and wrong wiring of a block, are five orders above it.
 FREE_RUN_GATE = 5e-5
 FREE_RUN_NOISE = 5e-6  # that worst
+# Which of two sides left an equation: how many times the equation's own noise in float32 (the whole tap's worst token) one
+# may be from it. PyTorch measured up to 2.1 times over all taps of small models; the floor is a float32's own rounding.
+WITNESS_TIMES, WITNESS_FLOOR = 10.0, 2e-7
 # cos and sin, |difference| over (1 + angle). The frequencies come out of pow, which libraries round differently in
 # the last two places (2.4e-7), each side rounds the angle (1.2e-7), and YaRN's concentration multiplies (1.35).
 ROPE_GATE = 1e-6

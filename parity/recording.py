@@ -19,7 +19,18 @@ from safetensors.numpy import load_file, save_file
 from oss_model.errors import InputError
 from oss_model.taps import LAYER_TAPS
 from parity.prompts import Prompt
-from parity.sides import Arrays, Expected, Oracle, OracleLayer, Port, Settings, Sizes, settings_of
+from parity.protocols import (
+    Arrays,
+    Asked,
+    Expected,
+    Oracle,
+    OracleLayer,
+    Port,
+    Rows,
+    Settings,
+    Sizes,
+    SupportsReferenceGradients,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -29,10 +40,11 @@ ROPE_STRIDE = 61  # beyond the prompt; every position would be 34 MB
 DERIVED = ("q_rope", "k_rope", "layer_out")
 
 
-def digest(array: np.ndarray) -> str:
+def digest(array: np.ndarray | Rows) -> str:
     """xxh3_128 of a parameter's bytes. float32 that holds nothing but bfloat16 values counts as those."""
     hasher = xxhash.xxh3_128()
-    for rows in array:
+    for place in range(len(array)):
+        rows = array[place]
         if rows.dtype == np.float32 and not (np.atleast_1d(rows).view(np.uint32) & 0xFFFF).any():
             rows = rows.astype(ml_dtypes.bfloat16)
         hasher.update(np.ascontiguousarray(rows).view(np.uint8).data)
@@ -64,7 +76,19 @@ class Recorder:
 
     @property
     def settings(self) -> Settings:
-        return settings_of(self.oracle)
+        return self.oracle.settings
+
+    prompt: Prompt | None = None
+
+    @property
+    def differentiates(self) -> SupportsReferenceGradients | None:
+        return self.oracle.differentiates
+
+    def faults(self, port: Port, asked: Asked) -> list[str]:
+        return self.oracle.faults(port, asked)
+
+    def elsewhere(self, n: int, name: str) -> Iterable[np.ndarray]:
+        return self.oracle.elsewhere(n, name)
 
     @property
     def rope_positions(self) -> np.ndarray:
@@ -73,6 +97,7 @@ class Recorder:
 
     def noting(self, expected: Iterable[Expected]) -> Iterator[Expected]:
         for one in expected:
+            assert one.value is not None  # what is recorded has values
             self.hashes[one.name] = {"shape": list(one.shape), "hash": digest(one.value())}
             yield one
 
@@ -102,9 +127,6 @@ class Recorder:
         self.write("rope", {"positions": positions, "inv_freq": inv_freq, "cos": cos, "sin": sin})
         return inv_freq, cos, sin
 
-    def run_with(self, fault: str, given: np.ndarray) -> np.ndarray | None:
-        return self.oracle.run_with(fault, given)
-
     def finish(self) -> None:
         """Without this the recording has no manifest, and is refused."""
         manifest = {"format": FORMAT, **self.described, "sizes": self.sizes._asdict(), "settings": self.settings}
@@ -121,9 +143,6 @@ class _RecordedLayer:
         for _ in self.recorder.noting(self.inner.parameters(not packed)):
             pass
         return self.recorder.noting(self.inner.parameters(packed))
-
-    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
-        return self.inner.run_with(fault, x, forced, tap)
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         found = self.inner.run(x, forced)
@@ -166,16 +185,35 @@ class Recording:
     def read(self, name: str) -> Arrays:
         return load_file(self.directory / f"{name}.safetensors")
 
-    def is_of(self, port: Port) -> bool:
+    differentiates: SupportsReferenceGradients | None = None
+
+    def faults(self, port: Port, asked: Asked) -> list[str]:
+        where, faults = self.directory, []
+        if asked.layers and not self.manifest["layers"]:
+            faults.append(f"{where}: recorded without --layers; record it again, or leave --layers out")
+        if self.sizes != port.sizes and self.sizes.layers != port.sizes.layers:
+            faults.append(f"{where}: recorded of another model: {self.sizes}, the checkpoint has {port.sizes}")
+        elif not self._is_of(port):
+            faults.append(f"{where}: recorded of another checkpoint: none of its small parameters is the same")
+        if asked.gradients:
+            faults.append(f"{where}: recorded without gradients; --gradients needs SRC and PyTorch")
+        if asked.dtype != self.manifest["dtype"]:
+            faults.append(f"{where}: recorded in {self.manifest['dtype']}; --dtype {asked.dtype} needs SRC and PyTorch")
+        return faults
+
+    def _is_of(self, port: Port) -> bool:
         """Whether any small parameter of the port is the recorded one: a fine-tuned model's are not all others."""
         noted = self.manifest["parameters"]
         small = [name for name, (shape, _) in port.stored.items() if name in noted and math.prod(shape) <= SMALL]
         return not small or any(digest(value) == noted[name]["hash"] for name, value in port.restore(small).items())
 
+    def elsewhere(self, n: int, name: str) -> tuple[np.ndarray, ...]:
+        return ()
+
     def _expected(self, belongs) -> Iterator[Expected]:
         for name, noted in self.manifest["parameters"].items():
             if belongs(name):
-                yield Expected(name, tuple(noted["shape"]), _against(noted["hash"]), _no_value)
+                yield Expected(name, tuple(noted["shape"]), _against(noted["hash"]), None)
 
     def first_parameters(self) -> Iterator[Expected]:
         return self._expected(lambda name: name.startswith("embedding."))
@@ -197,9 +235,6 @@ class Recording:
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tables = self.read("rope")
         return tables["inv_freq"], tables["cos"], tables["sin"]
-
-    def run_with(self, fault: str, given: np.ndarray) -> None:
-        return None
 
 
 class _ReplayedLayer:
@@ -224,16 +259,9 @@ class _ReplayedLayer:
             derived[f"{name}_rope"] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         return taps | derived | {"layer_out": x + taps["attn_out"] + taps["mlp_out"]}
 
-    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> None:
-        return None
-
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self.recording.read(f"direct-{self.n:03d}")["direct"]
 
 
 def _against(recorded: str):
     return lambda got: "" if digest(got) == recorded else f"differs from the recorded one (xxh3_128 {recorded})"
-
-
-def _no_value() -> np.ndarray:
-    raise ValueError("a recording has hashes of parameters, not their values")

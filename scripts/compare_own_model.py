@@ -3,7 +3,7 @@
     python scripts/compare_own_model.py SRC CHECKPOINT
 
 `OwnModel` stands for your port: plain functions on dictionaries of arrays, none of `oss_model`'s layers. What the harness
-asks of it is in `parity/sides.py`: sizes, the embedding, each layer's taps, the logits, and the RoPE tables. Wherever a
+asks of it is in `parity/protocols.py`: sizes, the embedding, each layer's taps, the logits, and the RoPE tables. Wherever a
 value is a tap, hand it through `seen(name, value)`, which keeps it and gives back the value to go on with. A port that
 also decodes on a cache, or differentiates, has `decode` and `gradients` as described there; this one does neither, so
 that `compare(..., gradients=True)` ends incomplete and says so.
@@ -21,12 +21,13 @@ import orbax.checkpoint as ocp
 
 from oss_model import ModelConfig
 from parity import compare
-from parity.sides import Arrays, Sizes
+from parity.protocols import Arrays, LayerCan, PortCan, Sizes
 
 
 class OwnLayer:
     def __init__(self, cfg: ModelConfig, n: int, parameters: dict):
         self.cfg, self.n, self.p = cfg, n, parameters
+        self.can = LayerCan()
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         taps: Arrays = {}
@@ -83,6 +84,7 @@ class OwnModel:
             self.tree = plain.restore(checkpoint.absolute())
         leaves = jax.tree_util.tree_flatten_with_path(self.tree)[0]
         self.arrays = {".".join(str(key.key) for key in keys[:-1]): np.asarray(leaf) for keys, leaf in leaves}
+        self.can = PortCan()
         self.stored = {name: (array.shape, array.dtype) for name, array in self.arrays.items()}
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from oss_model import InputError
 from parity import compare, metrics
 from parity.gradients import compare_gradients
 from parity.prompts import Prompt
-from parity.sides import Arrays, Expected, Sizes
+from parity.protocols import Arrays, Expected, LayerCan, PortCan, Sizes
 
 HIDDEN, EXPERTS, K, VOCAB, LAYERS, WINDOW = 12, 7, 2, 17, 4, 3
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -73,8 +73,9 @@ class Layer:
     def parameters(self, packed: bool):
         return self.model.expected(f"layers.{self.n}.")
 
-    def run_with(self, fault, x, forced, tap):
-        return None
+    @property
+    def can(self) -> LayerCan:
+        return LayerCan()
 
 
 class Model:
@@ -85,6 +86,17 @@ class Model:
 
     sizes = Sizes(LAYERS, EXPERTS, VOCAB, WINDOW, 64)
     rope_positions = np.arange(64)
+    settings, prompt, differentiates = {}, None, None
+
+    @property
+    def can(self) -> PortCan:
+        return PortCan()
+
+    def faults(self, port, asked):
+        return []
+
+    def elsewhere(self, n, name):
+        return ()
 
     def __init__(self, change=lambda layer, tap, value, forced: value, reordered: bool = False, values: Arrays | None = None):
         self.change, self.reordered = change, reordered
@@ -125,11 +137,12 @@ class Model:
         tables = self.change(None, "rope", np.cos(angle), None), np.sin(angle)
         return tables if self.reordered else (np.full(1, 0.5, np.float32), *tables)
 
-    def run_with(self, fault, given):
-        return None
-
 
 class Decoder(Layer):
+    @property
+    def can(self) -> LayerCan:
+        return LayerCan(decode=self)
+
     def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
         found = self.run(x, {"expert_choice": choice})["layer_out"]
         return self.model.change(self.n, "decode", found, None)
@@ -137,6 +150,14 @@ class Decoder(Layer):
 
 class Whole(Model):
     """It can do all that can be asked: decode, differentiate (any numbers do), and say what it takes."""
+
+    @property
+    def can(self) -> PortCan:
+        return PortCan(gradients=self, least_memory=self)
+
+    @property
+    def differentiates(self):
+        return self
 
     def layer(self, n: int) -> Layer:
         return Decoder(self, n)
@@ -312,8 +333,8 @@ def test_wrong_gradients_are_placed_at_the_last_layer_that_has_them():
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
-        ({"gradients": True}, "gradients: the port has none (parity.sides.SupportsGradients): they were not compared"),
-        ({"decode": True}, "decode: the port has layers that cannot (parity.sides.SupportsDecode): they were not decoded"),
+        ({"gradients": True}, "gradients: the port has none (parity.protocols.SupportsGradients): they were not compared"),
+        ({"decode": True}, "decode: the port has layers that cannot (parity.protocols.SupportsDecode): they were not decoded"),
     ],
 )
 def test_what_a_port_cannot_do_is_incomplete_by_name(asked, named):
@@ -328,7 +349,7 @@ def test_what_a_port_cannot_do_is_incomplete_by_name(asked, named):
 
 def test_a_reference_without_gradients_is_incomplete_by_name():
     report = compare(Model(), Whole(reordered=True), tokens=TOKENS, gradients=True)
-    assert report.incomplete == ["gradients: the reference has none (parity.sides.GradientOracle): they were not compared"]
+    assert report.incomplete == ["gradients: the reference has none: they were not compared"]
     assert report.verdict == "incomplete"
 
 
@@ -399,7 +420,7 @@ def test_memory_is_not_promised_for_a_port_that_does_not_say_what_it_takes():
     with pytest.raises(InputError) as e:
         compare(ORACLE, port, tokens=TOKENS, max_memory=1 << 40)
     assert e.value.faults == [
-        "--max-memory: expected a port that says what it takes (parity.sides.SupportsLeastMemory), found a model in NumPy,"
+        "--max-memory: expected a port that says what it takes (parity.protocols.SupportsLeastMemory), found a model in NumPy,"
         " which does not; leave it out"
     ]
     with pytest.raises(InputError, match=r"--max-memory: expected at least 1M .*, found 0M"):

@@ -19,11 +19,12 @@ from oss_model import Transformer, cache, create_model_from_checkpoint, layers, 
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import candidate as candidate_module
-from parity import compare, comparison, html, junit, metrics
+from parity import compare, comparison, metrics
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.prompts import random_prompt
 from parity.reference import Reference
+from parity.reports import html, junit
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,17 @@ import torch
 from converter import convert
 from oss_model import ModelConfig, layers, modeling
 from oss_model.synthetic import write_checkpoint
-from parity import compare, configs, faults, torch_suspects
+from parity import compare, configs
 from parity.candidate import Candidate
-from parity.corruption import CHECKPOINT, corrupt_checkpoint
-from parity.injection import Faulty
+from parity.mistakes import catalogue as faults
+from parity.mistakes import edits
+from parity.mistakes.corruption import CHECKPOINT, corrupt_checkpoint
+from parity.mistakes.injection import Faulty
 from parity.prompts import Prompt, random_prompt
-from parity.reference import Reference, _difference
-from parity.report import Report
-from parity.sides import Sizes
-from parity.torch_faults import TRIALS
+from parity.protocols import Sizes
+from parity.reference import Reference
+from parity.reference.bits import difference
+from parity.reports.report import Report
 
 ROOT = Path(__file__).parent.parent
 
@@ -279,7 +281,7 @@ def test_one_bit_is_one_and_not_all_the_others():
     ):
         wrong = value.copy()
         wrong.view(np.uint16)[1] ^= np.uint16(mask)
-        assert _difference(torch.from_numpy(value.astype(np.float32)).bfloat16(), wrong).startswith(f"{said} "), hex(mask)
+        assert difference(torch.from_numpy(value.astype(np.float32)).bfloat16(), wrong).startswith(f"{said} "), hex(mask)
 
 
 def test_another_model_is_called_one(tmp_path, cfg, sources):
@@ -312,12 +314,13 @@ def test_a_trial_that_breaks_is_shown_and_does_not_end_the_run(monkeypatch, tmp_
     def broken(*args):
         raise RuntimeError("no such\nthing")
 
-    monkeypatch.setitem(TRIALS, "sinks-zeroed", TRIALS["sinks-zeroed"]._replace(patch=None, state=broken))
+    fault = faults.CATALOGUE["sinks-zeroed"]
+    monkeypatch.setitem(faults.CATALOGUE, fault.name, fault._replace(wrong=fault.wrong._replace(equation=broken)))
     report = compare(sources["hf"], Faulty(checkpoints["bfloat16"], "window-one-long", 0, {}))
     assert report.diagnosis["name"] == "window-one-long"
     assert report.errors == ["trying sinks-zeroed at attn_core: RuntimeError: no such thing"]
     assert f"error: {report.errors[0]}; this is a bug of check-parity, please report it" in report.table()
-    monkeypatch.setattr(torch_suspects, "_suspects", broken)
+    monkeypatch.setattr(edits, "_made", broken)
     corrupt_checkpoint("bias-dropped", checkpoints["bfloat16"], tmp_path / "zeroed", 1, checkpoints["mxfp4"])
     report = compare(sources["hf"], tmp_path / "zeroed")
     assert (report.verdict, [weight.name for weight in report.weights if weight.note]) == ("fail", ["layers.1.mlp.down.bias"])

@@ -13,12 +13,14 @@ from click.testing import CliRunner
 
 from converter import convert
 from oss_model import ModelConfig, layers, moe
-from parity import faults, metrics, selftest
+from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
-from parity.corruption import CHECKPOINT, SOURCE
-from parity.injection import INJECTIONS, Faulty
-from parity.torch_faults import MODEL_TRIALS, TRIALS
+from parity.mistakes import catalogue as faults
+from parity.mistakes import selftest
+from parity.mistakes.corruption import CHECKPOINT, SOURCE
+from parity.mistakes.edits import EDITS
+from parity.mistakes.injection import INJECTIONS, Faulty
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,8 +29,15 @@ def test_every_mistake_is_made_on_both_sides():
     """One that only one side can make would be injected and never named, or named and never tested."""
     injected = {fault.name for fault in (*faults.CODE, *faults.MODEL)}
     assert injected | {fault.name for fault in faults.EQUIVALENT} == INJECTIONS.keys()
-    assert injected | {"norm-eps"} == TRIALS.keys() | MODEL_TRIALS.keys()  # eps shows where the stream is small
-    assert {fault.name for fault in faults.CHECKPOINT} == CHECKPOINT.keys() | SOURCE.keys()
+    wrong = {fault.name for fault in faults.CATALOGUE.values() if fault.wrong is not None}
+    assert wrong == injected | {"norm-eps"}  # eps shows where the stream is small
+    edited = {fault.name for fault in faults.CHECKPOINT}
+    assert edited == CHECKPOINT.keys() | SOURCE.keys()
+    assert edited - EDITS.keys() == {
+        "weight-one-block",
+        "experts-permuted",
+        "embedding-lm-head-swapped",
+    }
     assert len(faults.CATALOGUE) - len(faults.EQUIVALENT) >= 48
     assert len(faults.CATALOGUE) == sum(map(len, (faults.CODE, faults.MODEL, faults.CHECKPOINT, faults.EQUIVALENT)))
 
@@ -77,7 +86,8 @@ def test_a_mistake_that_is_missed_fails_the_self_test(tmp_path, monkeypatch, one
 
 
 def test_a_mistake_without_its_name_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
-    monkeypatch.setitem(TRIALS, "sinks-zeroed", TRIALS["sinks-negated"])
+    wrong = faults.CATALOGUE["sinks-negated"].wrong
+    monkeypatch.setitem(faults.CATALOGUE, "sinks-zeroed", faults.CATALOGUE["sinks-zeroed"]._replace(wrong=wrong))
     result = self_test(tmp_path, only("sinks-zeroed"))
     assert result.exit_code == 4
     assert "not named" in result.table()

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from oss_model.taps import LAYER_TAPS
-from parity import html as page
-from parity import junit
 from parity.cli import main
-from parity.report import Report, TapResult, Weight
+from parity.reports import html as page
+from parity.reports import junit
+from parity.reports.report import Report, TapResult, Weight
 
 FOLLOWS = {131: {"layer": 16, "token": 131}, 132: {"layer": 16, "token": 131}}  # token of a flip -> the flip it follows from
 RUN = {"max_abs": 9.1e-6, "max_logit": 4.1, "kl_mean": 1e-12, "kl_p95": 3e-12, "kl_max": 4e-12, "top1": 1.0}

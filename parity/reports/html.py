@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from parity import configs, metrics
-from parity.report import Report, TapResult
+from parity.reports.report import Report, TapResult
 
 _BELOW, _ABOVE = 5, 4  # decades of the colour scale on the two sides of the gate
 _RUNS = {"bfloat16": "port in bfloat16", "reference_bfloat16": "reference in bfloat16: what noise is"}
@@ -23,7 +23,7 @@ def render(report: Report) -> str:
 
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": number, "tip": tip}
-    template = importlib.resources.files("parity").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = importlib.resources.files("parity.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     differing = [weight for weight in report.weights if weight.note]
     page = env.from_string(template).render(
         report=report,

@@ -1,6 +1,7 @@
 """Known mistakes put into the side that is judged: into our model's code and configuration. For `check-parity --self-test`.
 
-Names are those of `parity.faults`; what goes into files is in `parity.corruption`. None of this runs in a comparison.
+Names are those of `parity.mistakes.catalogue`; what goes into files is in `parity.mistakes.corruption`. None of this runs in
+a comparison.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 
 from oss_model import TransformerBlock, layers, modeling, moe
 from parity.candidate import Candidate, CandidateLayer, Parameters
-from parity.sides import Arrays, Settings
+from parity.protocols import Arrays, Settings
 
 
 class Injection(NamedTuple):
@@ -357,7 +358,7 @@ def _finite_mask(right):
 _SCALES = ("attn.norm.scale", "mlp.norm.scale")
 
 INJECTIONS: dict[str, Injection] = {
-    # Numerically equivalent: see `parity.faults.EQUIVALENT`.
+    # Numerically equivalent: see `parity.mistakes.catalogue.EQUIVALENT`.
     "norm-cast-first": _norm(_cast_first),
     "router-softmax-renormalised": _weigh(_renormalised),
     "sinks-softmax-rescaled": _code(modeling, "sink_attention", _rescaled),

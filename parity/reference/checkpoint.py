@@ -5,8 +5,8 @@ not the configuration. What transformers lacks (OpenAI's original layout) has it
 at a time is bitwise equal to the whole model.
 """
 
+import functools
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from safetensors import safe_open
 from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from parity import torch_faults, torch_gradients, torch_suspects
-from parity.sides import Arrays, Expected, Settings, Sizes
-from parity.torch_layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
+from parity.prompts import Prompt
+from parity.protocols import Arrays, Asked, Expected, Port, Settings, Sizes, SupportsReferenceGradients
+from parity.reference import gradients
+from parity.reference.bits import difference
+from parity.reference.layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
 
 # OpenAI original -> transformers, within a layer (`block.N.` -> `model.layers.N.`) and outside.
 _OPENAI_LAYER = {
@@ -102,6 +104,15 @@ class Reference:
             found["eos_token_id"] = [eos] if isinstance(eos, int) else list(eos)
         return found
 
+    prompt: Prompt | None = None
+
+    @property
+    def differentiates(self) -> SupportsReferenceGradients:
+        return self
+
+    def faults(self, port: Port, asked: Asked) -> list[str]:
+        return []
+
     @property
     def rope_positions(self) -> np.ndarray:
         """Every position the model may see, not only the prompt's."""
@@ -113,9 +124,12 @@ class Reference:
         with safe_open(self._files[name], framework="pt") as f:
             return f.get_tensor(name)
 
+    def _stored_name(self, name: str) -> str:
+        """Of a tensor outside the layers."""
+        return {hf: openai for openai, hf in _OPENAI_MODEL.items()}[name] if self.original else name
+
     def _model_tensor(self, name: str) -> torch.Tensor:
-        theirs = {hf: openai for openai, hf in _OPENAI_MODEL.items()}
-        return self._get(theirs[name] if self.original else name)
+        return self._get(self._stored_name(name))
 
     def stored_layer(self, n: int) -> Taps:
         """Layer n's tensors as stored, named as in a Hugging Face checkpoint without the prefix."""
@@ -145,24 +159,26 @@ class Reference:
 
     def first_parameters(self) -> Iterator[Expected]:
         """Parameters before the layers, as an Orbax checkpoint of ours names and lays them out."""
-        yield self._expected(None, "embedding.weight", self._model_tensor("model.embed_tokens.weight"))
+        yield self._outside("embedding.weight", "model.embed_tokens.weight")
 
     def last_parameters(self) -> Iterator[Expected]:
         """Parameters after the layers."""
-        yield self._expected(None, "norm.scale", self._model_tensor("model.norm.weight"))
-        yield self._expected(None, "lm_head.weight", self._model_tensor("lm_head.weight"))
+        yield self._outside("norm.scale", "model.norm.weight")
+        yield self._outside("lm_head.weight", "lm_head.weight")
 
-    def parameter_of(self, n: int, name: str) -> torch.Tensor:
-        """A parameter of layer n that is no expert's, by its name in an Orbax checkpoint of ours without the layer."""
-        read = self._original_tensor if self.original else lambda n, key: self._get(f"model.layers.{n}.{key}")
-        tensors = _Lazily(lambda key: read(n, key))
-        return next(tensor for found, tensor in as_in_orbax(self.config, n, tensors) if found == f"layers.{n}.{name}")
+    def elsewhere(self, n: int, name: str) -> Iterator[np.ndarray]:
+        """A parameter of layer n that is no expert's, in all other layers, one at a time."""
+        read = self._original_tensor if self.original else lambda m, key: self._get(f"model.layers.{m}.{key}")
+        for m in (m for m in range(self.sizes.layers) if m != n):
+            tensors = as_in_orbax(self.config, m, _Lazily(lambda key, m=m: read(m, key)))
+            yield to_numpy(next(tensor for found, tensor in tensors if found == f"layers.{m}.{name}"))
 
-    def _expected(self, n: int | None, name: str, want: torch.Tensor) -> Expected:
-        def suspects(got: np.ndarray) -> Iterator[tuple[str, float, float, str]]:
-            yield from torch_suspects.explain(self, n, name.removeprefix(f"layers.{n}."), want, to_torch(got))
-
-        return Expected(name, tuple(want.shape), lambda got: _difference(want, got), lambda: to_numpy(want), suspects)
+    def _outside(self, name: str, theirs: str) -> Expected:
+        """Read when it is asked for, and once."""
+        read = functools.cache(lambda: self._model_tensor(theirs))
+        with safe_open(self._files[self._stored_name(theirs)], framework="pt") as f:
+            shape = tuple(f.get_slice(self._stored_name(theirs)).get_shape())
+        return Expected(name, shape, lambda got: difference(read(), got), lambda: to_numpy(read()))
 
     # --- activations --------------------------------------------------------------------------------------------
 
@@ -193,16 +209,13 @@ class Reference:
         return torch.cat([torch.nn.functional.linear(x, some.to(x.dtype)) for some in rows], dim=-1)
 
     def gradients(self, tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
-        """Of every parameter as values, and the routing they are for: see `parity.sides.GradientOracle`."""
-        return torch_gradients.gradients(self, tokens)
+        """Of every parameter as values, and the routing they are for: see `SupportsReferenceGradients`."""
+        return gradients.gradients(self, tokens)
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""
         cos, sin = self.rotary(torch.zeros(1), torch.from_numpy(positions)[None])
         return self.rotary.inv_freq.numpy(), cos[0].numpy(), sin[0].numpy()
-
-    def run_with(self, fault: str, given: np.ndarray) -> np.ndarray:
-        return torch_faults.model_with(fault, self, given)
 
 
 class _Lazily(dict):
@@ -227,10 +240,25 @@ class ReferenceLayer(TorchLayer):
         # The packed bytes are read again where they are asked for, rather than kept beside the decoded ones.
         tensors = self.reference.stored_layer(self.n) if packed else self.decoded
         for name, tensor in as_in_orbax(self.config, self.n, tensors):
-            yield self.reference._expected(self.n, name, tensor)
+            yield Expected(
+                name,
+                tuple(tensor.shape),
+                lambda got, tensor=tensor: difference(tensor, got),
+                lambda tensor=tensor: to_numpy(tensor) if tensor.is_contiguous() else _Rows(tensor),
+            )
 
-    def run_with(self, fault: str, x: np.ndarray, forced: Arrays, tap: str) -> np.ndarray | None:
-        return torch_faults.run_with(fault, self, x, forced, tap)
+
+class _Rows:
+    """A tensor whose first axis becomes NumPy's as it is asked for: experts lie otherwise in memory than they are named."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), to_numpy(tensor[:0]).dtype
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        return to_numpy(self.tensor[rows])
 
 
 # --- parameters -------------------------------------------------------------------------------------------------
@@ -260,68 +288,7 @@ def as_in_orbax(c: GptOssConfig, n: int, tensors: Taps) -> Iterator[tuple[str, t
         yield f"{p}.mlp.down.weight", tensors["mlp.experts.down_proj"].transpose(1, 2)
 
 
-# --- bits -------------------------------------------------------------------------------------------------------
-
-_PIECE = 1 << 24  # values compared at a time: parameters are up to 4 GB
-
-
-def _difference(want: torch.Tensor, got: np.ndarray) -> str:
-    """How a stored parameter differs from the reference's, bit by bit; empty if it does not.
-
-    bfloat16 against float32 is compared as float32, which holds every bfloat16 exactly.
-    """
-    differing, first, largest, only = 0, None, 0.0, ""
-    for start, a, b in _pieces(want, got):
-        unequal = _bits(a) != _bits(b)
-        if unequal.any():
-            differing += int(unequal.sum())
-            row, *rest = unequal.nonzero()[0].tolist()
-            first = first or [start + row, *rest]
-            largest = max(largest, float((a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max()))
-            x, y = a[unequal][:1], b[unequal][:1]
-            what = "one bit of one value differs" if _one_bit(_bits(x), _bits(y)) else "one value differs"
-            only = f"{what}, at {first}: {float(y):.4g}, should be {float(x):.4g}"
-    if differing <= 1:
-        return only
-    share = f"{differing} of {want.numel()} values differ ({differing / want.numel():.2%})"
-    share = f"{share}, first at {first}, by at most {largest:.3g}"
-    return share if want.dtype == torch.uint8 else f"{share}{_relation(want, got)}"
-
-
-def _relation(want: torch.Tensor, got: np.ndarray) -> str:
-    """How large the difference of two parameters is by the size of the right one, and whether it is a plain multiple of it."""
-    aa = ab = bb = 0.0
-    low, high = float("inf"), -float("inf")
-    for _, a, b in _pieces(want, got):
-        a, b = a.double(), b.double()
-        aa, ab, bb = aa + float((a * a).sum()), ab + float((a * b).sum()), bb + float((b * b).sum())
-        low, high = min(low, float(b.min())), max(high, float(b.max()))
-    if not all(map(math.isfinite, (aa, ab, bb))):
-        return ", some of it not finite"
-    if low == high:
-        return f": every value is {low:.4g}"
-    relative = f", {math.sqrt(max(aa - 2 * ab + bb, 0.0) / aa):.1e} relative" if aa else ""
-    times = ab / aa if aa else 1.0
-    # Within what a bfloat16 rounds; a difference that small itself is no multiple.
-    multiple = aa and bb - times * ab <= 1e-5 * bb and abs(times - 1) > 0.01
-    return f"{relative}: it is {times:.4g} times what it should be" if multiple else relative
-
-
-def _pieces(want: torch.Tensor, got: np.ndarray) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(first row, rows of one, rows of the other), in one dtype."""
-    step = max(1, _PIECE * len(want) // want.numel())
-    for start in range(0, len(want), step):
-        a, b = want[start : start + step], to_torch(got[start : start + step])
-        yield (start, a, b) if a.dtype == b.dtype else (start, a.float(), b.float())
-
-
-def _one_bit(a: torch.Tensor, b: torch.Tensor) -> bool:
-    differ = (int(a) ^ int(b)) & ((1 << 8 * a.element_size()) - 1)  # without the sign that Python would count by
-    return differ.bit_count() == 1
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+# --- OpenAI's configuration --------------------------------------------------------------------------------------
 
 
 def _openai_config(source: Path) -> GptOssConfig:

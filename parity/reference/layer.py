@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from parity.sides import Arrays
+from parity.protocols import Arrays
 
 Taps = dict[str, torch.Tensor]
 

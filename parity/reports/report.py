@@ -80,6 +80,8 @@ class Report:
     warnings: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)  # of the diagnosis itself, which are bugs
     diagnosis: dict[str, Any] | None = None  # {"cause", "fault", "residual_before", "residual_after", ...}: what explains it
+    witness: dict[str, Any] | None = None  # of the tap of the diagnosis: {"layer", "tap", "noise", "reference", "port",
+    # "left"}: how far each side is from the equation, what its own noise is, and who is further than that
     pattern: str = ""  # of the first divergence: which heads, experts, channels
     tried: int = 0  # known mistakes that were tried on it
     explained: str = ""  # where: "layer 3 attn_core", or a parameter's name
@@ -150,6 +152,7 @@ class Report:
             "exit_code": self.exit_code,
             "first_divergence": self.first_divergence,
             "diagnosis": self.diagnosis,
+            "witness": self.witness,
             "pattern": self.pattern,
             "tried": self.tried,
             "source": self.source,

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
-from parity.sides import Arrays
-from parity.torch_layer import to_numpy
+from parity.protocols import Arrays
+from parity.reference.layer import to_numpy
 
 if TYPE_CHECKING:
-    from parity.reference import Reference
+    from parity.reference.checkpoint import Reference
 
 
 def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
@@ -19,7 +19,7 @@ def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[
     Args:
       tokens: int [batch, length], without padding.
     """
-    from parity.reference import as_in_orbax
+    from parity.reference.checkpoint import as_in_orbax
 
     with torch.device("meta"):
         model = gpt_oss.GptOssForCausalLM(reference.config)

@@ -19,13 +19,13 @@ from oss_model import ModelConfig
 from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
-from parity.corruption import SOURCE, corrupt_checkpoint, corrupt_source
-from parity.faults import CATALOGUE, Fault, applies
-from parity.injection import INJECTIONS, Faulty
+from parity.mistakes.catalogue import CATALOGUE, Fault, applies
+from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
+from parity.mistakes.injection import INJECTIONS, Faulty
 from parity.prompts import random_prompt
+from parity.protocols import Oracle, Port
 from parity.reference import Reference, ReferenceLayer
-from parity.report import Report
-from parity.sides import Oracle, Port
+from parity.reports.report import Report
 
 # Today's check: this many tokens, and this cosine of the last one's logits.
 COSINE_TOKENS, COSINE = 8, 0.99

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from parity import configs
 from parity.metrics import PRECISION_FAIL
-from parity.report import Report, TapResult, Weight
+from parity.reports.report import Report, TapResult, Weight
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -1,23 +1,28 @@
 """What explains the first divergence: the configurations, or else the weights, or else a known mistake in the code.
 
-A mistake in the code is made in the reference, and the residual measured again. It is only looked for where the tap's own
-parameters are right: wrong ones explain what they do.
+A mistake in the code is a wrong equation (`parity.mistakes.wrong`), computed from what the failing tap was given, and the
+residual measured again. It is only looked for where the tap's own parameters are right: wrong ones explain what they do.
+Nothing is tried in the port or in PyTorch, so that a recording will do for a reference.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from parity import configs, faults, metrics
+from parity import configs, metrics
+from parity import equations as eq
 from parity.judge import Judge
-from parity.report import Report, Weight
-from parity.sides import Arrays, Expected, Oracle, OracleLayer, Settings, settings_of
+from parity.mistakes import catalogue, edits
+from parity.mistakes.catalogue import Fault
+from parity.mistakes.parameters import Parameters
+from parity.protocols import Arrays, Expected, Oracle, Port, Settings
+from parity.reports.report import Report, Weight
 
 # A mistake is named when it takes the residual below the arm's gate, and at least this many times down.
 COLLAPSE = 10.0
 MOST = 16  # parameters that are tried: of a fine-tuned model all differ, and experts are gigabytes
-_EXCHANGES = {"norm-scales-swapped": ("attn.norm", "mlp.norm"), "qkv-k-v-exchanged": ("k_proj", "v_proj")}
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
 # Of each tap, the parameters that it is computed with; those of a layer without its prefix.
 PARAMETERS = {
@@ -38,9 +43,9 @@ class Explained(NamedTuple):
 class Diagnosis:
     """Of one run. Only what diverges first is looked into: later divergences may be its consequences."""
 
-    def __init__(self, report: Report, judge: Judge, oracle: Oracle):
-        self.report, self.judge, self.done = report, judge, False
-        self.window, self.settings = oracle.sizes.window, settings_of(oracle)
+    def __init__(self, report: Report, judge: Judge, oracle: Oracle, port: Port):
+        self.report, self.judge, self.oracle, self.port, self.done = report, judge, oracle, port, False
+        self.window, self.settings = oracle.sizes.window, oracle.settings
         self.looked: set[str] = set()  # parameters that differ, and were tried
         self.explained: dict[str, Explained] = {}  # and what explains them
 
@@ -52,16 +57,16 @@ class Diagnosis:
             fix = "make DST/config.json say what SRC's does; convert-oss copies it"
             self._tell("config", None, "config", "; ".join(said), "config-differs", fix)
 
-    def parameter(self, expected: Expected, got: np.ndarray) -> None:
+    def parameter(self, expected: Expected, got: np.ndarray, parameters: Parameters) -> None:
         """Of a parameter that is not what it should be. It may be harmless, or trained: what it explains is told later."""
         name = expected.name
         copied = name == "lm_head.weight" and "embedding.weight" in self.explained  # the two halves of an exchange
         if len(self.looked) >= MOST and not copied:
             return
         self.looked.add(name)
-        tried: list[tuple[str, float, float, str]] = []
+        tried: list[edits.Found] = []
         try:
-            for one in expected.suspects(got):
+            for one in self._edits(expected, got, parameters):
                 tried.append(one)
         except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
             self._failed(f"looking into {name}", error)
@@ -70,33 +75,65 @@ class Diagnosis:
         if found:
             self.explained[name] = Explained(found, wheres[found[0][0]])
 
-    def tap(self, n: int, tap: str, oracle: OracleLayer, x: np.ndarray, taps: Arrays, got: np.ndarray) -> None:
-        """Of a layer's tap that fails on the reference's inputs `taps`."""
-        if self.done or self._weights(n, tap):
+    def _edits(self, expected: Expected, got: np.ndarray, parameters: Parameters) -> Iterable[edits.Found]:
+        name, n = expected.name.removeprefix(parameters.prefix), parameters.number
+        if expected.value is None:
+            found = edits.undone(expected, got, name, parameters.by_name() if n is not None else self._outside())
+            return ((fault, 1.0, 0.0, "") for fault in found)  # of a hash: all of it or nothing
+        right = self._right(parameters)
+
+        @functools.cache
+        def packed() -> tuple | None:
+            stored, experts = parameters.by_name(packed=True), name.rsplit(".", 1)[0]
+            pair = [stored.get(f"{experts}.{kind}") for kind in ("blocks", "scales")]
+            return tuple(one.value() for one in pair if one is not None and one.value is not None) if all(pair) else None
+
+        elsewhere = (lambda: self.oracle.elsewhere(n, name)) if n is not None else lambda: ()
+        look = edits.Look(name, right.__getitem__ if n is not None else self._outer_value, elsewhere, packed)
+        return edits.explain(expected.value(), got, look)
+
+    def _outside(self) -> dict[str, Expected]:
+        return {one.name: one for one in (*self.oracle.first_parameters(), *self.oracle.last_parameters())}
+
+    def _outer_value(self, name: str) -> np.ndarray:
+        value = self._outside()[name].value
+        assert value is not None
+        return value()[:]
+
+    def _right(self, parameters: Parameters) -> eq.Values:
+        return parameters.right({weight.name for weight in self.report.weights if not weight.note})
+
+    def tap(self, n: int | None, tap: str, parameters: Parameters, given: Arrays, want: np.ndarray, got: np.ndarray) -> None:
+        """Of a tap that fails on the reference's own inputs `given`; n is None outside the layers."""
+        if self.done or not self.settings or self._weights(n, tap):
             return
+        settings = self.settings if n is None else eq.of_layer(self.settings, n)
+        right, gate = self._right(parameters), metrics.SEMANTICS_GATE
+        if tap == "rope":
+            gate = metrics.ROPE_GATE
 
         def measure(made: np.ndarray) -> float:
             if made.size != got.size:
                 return metrics.WORST
+            made = made.reshape(got.shape)
             if tap == "expert_choice":
-                return float((np.sort(made, -1) != np.sort(got.reshape(made.shape), -1)).mean())
-            return self._residual(got, made)
+                return float((np.sort(made, -1) != np.sort(got, -1)).mean())
+            if tap == "rope":
+                # Rounding grows with the angle, at most the position: a mistake may have other frequencies.
+                return float(metrics.finite(np.abs(made - got) / (1 + given["positions"][None, :, None])).max())
+            return min(float(self.judge.errors(got, made).max()), metrics.WORST)
 
-        tried = self._try(tap, lambda fault: oracle.run_with(fault, x, taps, tap), measure, measure(taps[tap]))
-        self._conclude(n, tap, tried, metrics.SEMANTICS_GATE, pattern(tap, got, taps, self.judge))
-
-    def outside(self, tap: str, oracle: Oracle, given: np.ndarray, want: np.ndarray, got: np.ndarray) -> None:
-        """Of a tap outside the layers: `given` is what it is computed from."""
-        if self.done or self._weights(None, tap):
+        if self._reference_left(n, tap, given, want, got, right, settings):
             return
-        if tap == "rope":
-            # Rounding grows with the angle, at most the position: a mistake may have other frequencies than the reference.
-            gate, angle = metrics.ROPE_GATE, given[None, :, None]
-            measure = lambda made: float(metrics.finite(np.abs(made - got) / (1 + angle)).max())  # noqa: E731
-        else:
-            gate, measure = metrics.SEMANTICS_GATE, lambda made: self._residual(got, made)
-        tried = self._try(tap, lambda fault: oracle.run_with(fault, given), measure, measure(want))
-        self._conclude(None, tap, tried, gate, "")
+        tried = []
+        for fault in catalogue.at(tap, self.settings):
+            try:
+                tried.append((fault.name, measure(want), measure(self._made(fault, tap, given, right, settings))))
+            except KeyError:
+                continue
+            except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
+                self._failed(f"trying {fault.name} at {tap}", error)
+        self._conclude(n, tap, tried, gate, pattern(tap, got, {**given, tap: want}, self.judge) if n is not None else "")
 
     def finish(self) -> None:
         """When every parameter has been seen: where nothing but weights is wrong, or what one alone could not tell."""
@@ -108,7 +145,7 @@ class Diagnosis:
         both = ("embedding-is-lm-head", "lm-head-is-embedding")
         halves = [self.explained[name].found[0][0] for name in ("embedding.weight", "lm_head.weight") if name in self.explained]
         if found is not None and found["name"] in both and halves == list(both):
-            exchange = faults.CATALOGUE["embedding-lm-head-swapped"]
+            exchange = catalogue.CATALOGUE["embedding-lm-head-swapped"]
             found |= {"name": exchange.name, "fault": exchange.says, "fix": exchange.fix}
         if found is not None and found["name"] == "weights-differ" and len(differing) == len(self.report.weights) > 1:
             all_of_it = f"0 of {len(differing)} parameters are exact: another model, or all of it was trained; "
@@ -122,7 +159,7 @@ class Diagnosis:
             self._tell("weights", weight.layer, weight.name, said, "weights-differ", _CONVERT)
             return
         (name, before, after), *others = known.found
-        fault = faults.CATALOGUE[name]
+        fault = catalogue.CATALOGUE[name]
         says = f"{known.where}: {fault.says}" if known.where else fault.says
         partner = self._partner(name, weight.name)
         if partner is not None and not self._differing(partner):
@@ -131,11 +168,9 @@ class Diagnosis:
 
     @staticmethod
     def _partner(fault: str, name: str) -> str | None:
-        """The other parameter of an exchange: where that is right, there was none."""
-        if fault not in _EXCHANGES:
-            return None
-        a, b = _EXCHANGES[fault]
-        return name.replace(a, b) if a in name else name.replace(b, a)
+        """The other parameter of an exchange within a layer: where that is right, there was none."""
+        edit, layer = edits.EDITS.get(fault), name.startswith("layers.")
+        return edit.swaps(name) if edit is not None and edit.swaps is not None and layer else None
 
     def _weights(self, n: int | None, tap: str) -> bool:
         """Whether a parameter that the tap is computed with differs; then that is what is said."""
@@ -151,22 +186,44 @@ class Diagnosis:
     def _differing(self, prefix: str) -> list[Weight]:
         return [weight for weight in self.report.weights if weight.note and weight.name.startswith(prefix)]
 
-    def _residual(self, got: np.ndarray, want: np.ndarray) -> float:
-        return min(float(self.judge.errors(got.reshape(want.shape), want).max()), metrics.WORST)
+    def _reference_left(
+        self, n: int | None, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray, right: eq.Values, settings: Settings
+    ) -> bool:
+        """The third witness: which of the two left the equation. If it is PyTorch, that is all that can be said."""
+        try:
+            exact, rounded = (compute(tap, given, right, settings) for compute in (eq.tap, eq.noise))
+        except KeyError:  # a parameter that nobody knows
+            return False
 
-    def _try(
-        self, tap: str, make: Callable[[str], np.ndarray | None], measure: Callable[[np.ndarray], float], before: float
-    ) -> list[tuple[str, float, float]]:
-        tried = []
-        for fault in faults.at(tap, self.settings):
-            try:
-                made = make(fault.name)
-            except Exception as error:
-                self._failed(f"trying {fault.name} at {tap}", error)
-                continue
-            if made is not None:
-                tried.append((fault.name, before, measure(made)))
-        return tried
+        def error(one: np.ndarray) -> float:
+            if tap == "expert_choice":
+                return float((np.sort(one, -1) != np.sort(exact, -1)).mean())
+            if tap == "rope":
+                return float(metrics.finite(np.abs(one - exact) / (1 + given["positions"][None, :, None])).max())
+            return min(float(self.judge.errors(one, exact.reshape(one.shape)).max()), metrics.WORST)
+
+        noise, reference, port = error(rounded), error(want), error(got)
+        bound = metrics.WITNESS_TIMES * max(noise, metrics.WITNESS_FLOOR)
+        left = [side for side, off in (("PyTorch", reference), ("the port", port)) if off > bound]
+        where = tap if n is None else f"layer {n} {tap}"
+        self.report.witness = {
+            "layer": n, "tap": tap, "noise": noise, "reference": reference, "port": port, "left": left
+        }  # fmt: skip
+        if "PyTorch" not in left:
+            return False
+        self.done = True
+        self.report.lacks(
+            f"{where}: the witnesses disagree: PyTorch is {reference:.1e} from the equation in float64, whose own noise in "
+            f"float32 is {noise:.1e}; the port is {port:.1e} from it"
+        )
+        self.report.taps[-1].verdict = "fail" if "the port" in left else "incomplete"
+        return True
+
+    @staticmethod
+    def _made(fault: Fault, tap: str, given: Arrays, right: eq.Values, settings: Settings) -> np.ndarray:
+        """float32 will do: a mistake is four orders above its noise."""
+        assert fault.wrong is not None
+        return fault.wrong.tap(tap, given, right, settings, np.float32)
 
     def _failed(self, doing: str, error: Exception) -> None:
         self.report.errors.append(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}")
@@ -179,8 +236,8 @@ class Diagnosis:
         self.report.tried = len(tried)
         if found := _collapsing(tried, gate):
             (name, before, after), *others = found
-            fault = faults.CATALOGUE[name]
-            says = faults.sentence(fault, self.window, self.settings)
+            fault = catalogue.CATALOGUE[name]
+            says = catalogue.sentence(fault, self.window, self.settings)
             self._tell("code", layer, tap, says, name, fault.fix, (before, after), others)
 
     def _tell(
