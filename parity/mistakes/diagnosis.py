@@ -113,15 +113,7 @@ class Diagnosis:
             gate = metrics.ROPE_GATE
 
         def measure(made: np.ndarray) -> float:
-            if made.size != got.size:
-                return metrics.WORST
-            made = made.reshape(got.shape)
-            if tap == "expert_choice":
-                return float((np.sort(made, -1) != np.sort(got, -1)).mean())
-            if tap == "rope":
-                # Rounding grows with the angle, at most the position: a mistake may have other frequencies.
-                return float(metrics.finite(np.abs(made - got) / (1 + given["positions"][None, :, None])).max())
-            return min(float(self.judge.errors(got, made).max()), metrics.WORST)
+            return self._apart(tap, made, got, given)
 
         if self._reference_left(n, tap, given, want, got, right, settings):
             return
@@ -186,6 +178,18 @@ class Diagnosis:
     def _differing(self, prefix: str) -> list[Weight]:
         return [weight for weight in self.report.weights if weight.note and weight.name.startswith(prefix)]
 
+    def _apart(self, tap: str, want: np.ndarray, got: np.ndarray, given: Arrays) -> float:
+        """How far a tap is from what it should be, by the number that its gate is about."""
+        if want.size != got.size:
+            return metrics.WORST
+        want = want.reshape(got.shape)
+        if tap == "expert_choice":
+            return float((np.sort(want, -1) != np.sort(got, -1)).mean())
+        if tap == "rope":
+            # Rounding grows with the angle, at most the position: a mistake may have other frequencies than the reference.
+            return float(metrics.finite(np.abs(want - got) / (1 + given["positions"][None, :, None])).max())
+        return min(float(self.judge.errors(got, want).max()), metrics.WORST)
+
     def _reference_left(
         self, n: int | None, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray, right: eq.Values, settings: Settings
     ) -> bool:
@@ -195,14 +199,7 @@ class Diagnosis:
         except KeyError:  # a parameter that nobody knows
             return False
 
-        def error(one: np.ndarray) -> float:
-            if tap == "expert_choice":
-                return float((np.sort(one, -1) != np.sort(exact, -1)).mean())
-            if tap == "rope":
-                return float(metrics.finite(np.abs(one - exact) / (1 + given["positions"][None, :, None])).max())
-            return min(float(self.judge.errors(one, exact.reshape(one.shape)).max()), metrics.WORST)
-
-        noise, reference, port = error(rounded), error(want), error(got)
+        noise, reference, port = (self._apart(tap, exact, one, given) for one in (rounded, want, got))
         bound = metrics.WITNESS_TIMES * max(noise, metrics.WITNESS_FLOOR)
         left = [side for side, off in (("PyTorch", reference), ("the port", port)) if off > bound]
         where = tap if n is None else f"layer {n} {tap}"
