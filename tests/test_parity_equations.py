@@ -107,7 +107,7 @@ def test_the_third_witness_says_who_left_the_equation(monkeypatch, sources, chec
     assert report.verdict != "pass"
 
 
-@pytest.mark.parametrize("name", [fault.name for fault in catalogue.CATALOGUE.values() if fault.wrong and fault.tap in eq.LAYER])
+@pytest.mark.parametrize("name", [one.name for one in catalogue.CATALOGUE.values() if one.wrong and one.tap in eq.LAYER])
 def test_a_wrong_equation_is_another_one(reference, walked, name):
     """By more than its noise, in the layer that it can be in; else it would name nothing, or everything."""
     fault, n = catalogue.CATALOGUE[name], 1 if catalogue.CATALOGUE[name].where == "full" else 0
