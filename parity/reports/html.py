@@ -10,8 +10,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from parity import configs, metrics
+from parity import metrics
 from parity.reports.report import Report, TapResult
+from parity.reports.sections import sections
 
 _BELOW, _ABOVE = 5, 4  # decades of the colour scale on the two sides of the gate
 _RUNS = {"bfloat16": "port in bfloat16", "reference_bfloat16": "reference in bfloat16: what noise is"}
@@ -116,25 +117,15 @@ def _why(report: Report, tap: str) -> str:
 
 
 def _also(report: Report) -> list[str]:
-    """What else is wrong or worth a warning, of what no first divergence speaks of."""
-    found = [*report.warnings]
-    found += [f"{configs.said(one)}{'' if one['logits'] else ', which is not in the logits'}." for one in report.configs]
-    found += [f"{error}; this is a bug of check-parity, please report it." for error in report.errors]
-    if unexplained := sum(not flip["explained"] for flip in report.judged_flips):
-        found.append(
-            f"Expert flips not explained, the reference's routing replayed: {unexplained} of {len(report.judged_flips)}."
-        )
-    if wrong := [gradient["name"] for gradient in report.wrong_gradients]:
-        names = f"{', '.join(wrong[:4])}{', …' if len(wrong) > 4 else ''}"
-        found.append(f"Gradients beyond their bound: {len(wrong)} of {len(report.gradients)}: {names}.")
-    elif report.gradients:
-        found.append(f"Gradients of all {len(report.gradients)} parameters are within their bound.")
-    if report.precision in ("warn", "fail"):
-        worst = max(report.taps, key=lambda tap: tap.port_over_reference or 0.0)
-        where = "" if worst.layer is None else f"layer {worst.layer}, "
-        times = number(worst.port_over_reference)
-        kind = "Precision" if report.precision == "fail" else "A warning of precision"
-        found.append(f"{kind}: {where}{worst.tap} is {times} times as far from float32 as the reference in the same dtype.")
+    """What else is wrong or worth a warning: of each section that has no place of its own on the page."""
+    found = []
+    for section in sections(report):
+        if section.name in ("configuration", "errors"):
+            found += section.lines
+        elif section.name in ("expert flips", "precision", "gradients") and section.verdict in ("fail", "warn"):
+            found.append(f"{section.name.capitalize()}: {section.headline}.")
+        elif section.name == "gradients":
+            found.append(f"{section.headline.capitalize()}.")
     return found
 
 

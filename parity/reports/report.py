@@ -4,11 +4,9 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from oss_model.taps import LAYER_TAPS
-from parity import configs
 from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN
 
 
@@ -53,6 +51,10 @@ class TapResult:
     verdict: str  # "ok", "fail" or "incomplete"
     note: str = ""
     port_over_reference: float | None = None
+
+    @property
+    def place(self) -> str:
+        return self.tap if self.layer is None else f"layer {self.layer} {self.tap}"
 
 
 @dataclasses.dataclass
@@ -146,6 +148,8 @@ class Report:
             self.incomplete.append(reason)
 
     def to_json(self) -> str:
+        from parity.reports.sections import sections
+
         differing = [dataclasses.asdict(weight) for weight in self.weights if weight.note]
         found = {
             "verdict": self.verdict,
@@ -173,143 +177,15 @@ class Report:
             "judged_flips": self.judged_flips,
             "flips": self.flips,
             "incomplete": self.incomplete,
+            "sections": [
+                {"name": s.name, "verdict": s.verdict, "headline": s.headline, "lines": s.lines} for s in sections(self)
+            ],
             "peak_rss_bytes": self.peak_rss_bytes,
             "seconds": self.seconds,
         }
         return json.dumps(found, indent=2, allow_nan=False)
 
     def table(self) -> str:
-        return "\n".join(_table(self))
+        from parity.reports.table import table
 
-
-_COLUMNS = "{:<9} {:<18} {:<12} {:<15} {:<36} {}"
-
-
-def _table(report: Report) -> Iterable[str]:
-    arms = "check-parity --layers" if report.layers else "check-parity"
-    yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
-    yield from (f"warning: {warning}" for warning in report.warnings)
-    for difference in report.configs:
-        verdict = "FAIL" if difference["logits"] else "not in the logits"
-        yield f"config     {configs.said(difference)}   {verdict}"
-    exact = sum(not weight.note for weight in report.weights)
-    verdict = "ok" if exact == len(report.weights) else "FAIL"
-    yield _COLUMNS.format("weights", f"{exact}/{len(report.weights)}", "", "", "bit-exact, decoded by transformers", verdict)
-    differing = [weight for weight in report.weights if weight.note]
-    for weight in differing[:8]:
-        yield f"          {weight.name}: {weight.note}"
-    if len(differing) > 8:
-        yield f"          ... and {len(differing) - 8} more: --json FILE names each"
-    if report.taps:
-        yield _COLUMNS.format("layer", "tap", "worst token", "port/reference", "note", "verdict")
-        yield from _tap_rows(report)
-    if report.precision is not None:
-        worst = max(report.taps, key=lambda tap: tap.port_over_reference or 0.0)
-        where = worst.tap if worst.layer is None else f"layer {worst.layer} {worst.tap}"
-        verdict = report.precision.upper() if report.precision == "fail" else report.precision
-        yield f"precision in bfloat16: at most {worst.port_over_reference:.2f} times the reference's error, {where}   {verdict}"
-    if report.free_run is not None:
-        yield from _free_run_rows(report)
-    yield from _flip_rows(report)
-    if report.gradients:
-        worst = max(report.gradients, key=lambda gradient: gradient["relative_l2"])
-        bad = [gradient["name"] for gradient in report.wrong_gradients]
-        verdict = f"FAIL: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}" if bad else "ok"
-        yield f"gradients  {len(report.gradients)} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {verdict}"
-    for reason in report.incomplete:
-        yield f"incomplete: {reason}"
-    for error in report.errors:
-        yield f"error: {error}; this is a bug of check-parity, please report it"
-    where = report.first_divergence
-    if where is not None:
-        place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
-        yield f"first divergence: {place}, {where['tap']}"
-        yield from _diagnosis_rows(report)
-    yield f"{report.verdict.upper()}   {report.seconds:.1f} s   peak memory {report.peak_rss_bytes / 2**30:.1f} GiB"
-
-
-def _tap_rows(report: Report) -> Iterable[str]:
-    """Consecutive layers that are healthy throughout fold into one row, and so do healthy taps of a bad layer."""
-    by_layer = [(layer, list(taps)) for layer, taps in itertools.groupby(report.taps, key=lambda tap: tap.layer)]
-    marked = False
-    for folded, stretch in itertools.groupby(by_layer, key=lambda item: item[0] is not None and _healthy(item[1])):
-        if folded:
-            layers = list(stretch)
-            yield _row(_span([layer for layer, _ in layers]), [tap for _, taps in layers for tap in taps])
-            continue
-        for layer, taps in stretch:
-            for healthy, group in itertools.groupby(taps, key=lambda tap: tap.verdict == "ok"):
-                members = list(group)
-                for row in [members] if healthy else [[tap] for tap in members]:
-                    first = not marked and row[0].verdict == "fail"
-                    marked = marked or first
-                    yield _row("model" if layer is None else str(layer), row) + ("  <- first" if first else "")
-
-
-def _row(layer: str, taps: list[TapResult]) -> str:
-    worst = max(taps, key=lambda tap: tap.worst_token_rel_l2)
-    names = list(dict.fromkeys(tap.tap for tap in taps))
-    everything = set(names) >= set(LAYER_TAPS)
-    ratios = [tap.port_over_reference for tap in taps if tap.port_over_reference is not None]
-    ratio = f"{max(ratios):.2f}" if ratios else ""
-    tap = f"all {len(names)} taps" if everything else names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-    notes = dict.fromkeys(tap.note for tap in taps if tap.note)
-    verdict = "ok" if worst.verdict == "ok" else worst.verdict.upper() if worst.verdict == "fail" else worst.verdict
-    times = f" x{len(taps)}" if len(taps) > 1 else ""
-    note = "; ".join(notes)
-    note = note if len(note) <= 60 else f"{note[:57]}..."
-    return _COLUMNS.format(layer, tap, f"{worst.worst_token_rel_l2:.1e}", ratio, note, verdict + times)
-
-
-def _free_run_rows(report: Report) -> Iterable[str]:
-    assert report.free_run is not None
-    runs = {"routing replayed": report.free_run, "own routing": report.free_run["own_routing"]}
-    if "bfloat16" in report.free_run:
-        runs["in bfloat16"] = report.free_run["bfloat16"]
-        runs["reference in it"] = report.free_run["reference_bfloat16"]  # what noise is: PyTorch against itself
-    for name, run in runs.items():
-        kl = f"KL {run['kl_mean']:.1e} mean, {run['kl_p95']:.1e} p95, {run['kl_max']:.1e} max   top-1 {run['top1']:.1%}"
-        verdict = {"ok": "ok", "fail": "FAIL"}.get(run.get("verdict", ""), "")
-        yield f"free run  {name:<16} max |d logit| {run['max_abs']:.1e} of {run['max_logit']:.3g}   {kl}   {verdict}".rstrip()
-
-
-def _flip_rows(report: Report) -> Iterable[str]:
-    """Judged with the reference's routing replayed, told with the port's own."""
-    judged, told = report.judged_flips, report.flips
-    if judged or told:
-        wrong = sum(not flip["explained"] for flip in judged)
-        near_ties, verdict = len(judged) - wrong, "FAIL" if wrong else "ok"
-        yield f"expert flips  routing replayed {len(judged)}: {near_ties} near-ties, {wrong} not explained   {verdict}"
-        follow = sum(flip["follows"] is not None for flip in told)
-        unclear = sum(not flip["explained"] for flip in told)
-        kinds = f"{len(told) - follow - unclear} near-ties, {follow} follow from an earlier flip, {unclear} not explained"
-        yield f"expert flips  own routing      {len(told)}: {kinds}"
-
-
-def _diagnosis_rows(report: Report) -> Iterable[str]:
-    found = report.diagnosis
-    if found is not None:
-        where = f"{found['tap']}: " if "." in found["tap"] else ""
-        yield f"diagnosis: {where}{found['fault']}{residuals(found)}   [{found['name']}]"
-        yield f"  to do: {found['fix']}"
-        if found["others"]:
-            yield f"  as well as: {', '.join(other['name'] for other in found['others'])}"
-    elif report.explained:
-        pattern = f"; {report.pattern}" if report.pattern else ""
-        why = f"none of the {report.tried} known mistakes of this place explains it"
-        why = why if report.tried else "no known mistake could be tried here; it takes SRC and PyTorch"
-        yield f"diagnosis: {report.explained}: {why}{pattern}"
-
-
-def residuals(diagnosis: dict[str, Any]) -> str:
-    """Measured of a mistake that was tried; nothing was of what two files say."""
-    before, after = diagnosis["residual_before"], diagnosis["residual_after"]
-    return "" if before is None else f": residual {before:.1e} -> {after:.1e}"
-
-
-def _healthy(taps: list[TapResult]) -> bool:
-    return all(tap.verdict == "ok" for tap in taps)
-
-
-def _span(layers: list[int | None]) -> str:
-    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        return table(self)

@@ -1,0 +1,187 @@
+"""What each arm of a comparison found, as every report shows it: a new arm is a function here.
+
+`table`, JUnit and HTML go through `sections`; JSON has them beside the numbers they are made of.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from parity import configs
+from parity.metrics import PRECISION_FAIL
+from parity.reports.report import Report
+
+
+class Section(NamedTuple):
+    """
+    Attributes:
+      name: of the arm.
+      verdict: "ok", "warn", "fail" or "incomplete"; "info" where nothing is judged.
+      headline: a sentence, of what failed if something did.
+      lines: what is behind it, the worst first.
+      table: the same as lines of the table on a screen; empty if `headline` is that line.
+    """
+
+    name: str
+    verdict: str
+    headline: str
+    lines: Sequence[str] = ()
+    table: Sequence[str] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "verdict": self.verdict, "headline": self.headline, "lines": list(self.lines)}
+
+
+def sections(report: Report) -> list[Section]:
+    arms = (_configuration, _weights, _semantics, _precision, _free_run, _flips, _gradients, _complete, _errors, _diagnosis)
+    return [section for arm in arms for section in arm(report)]
+
+
+def _configuration(report: Report) -> Iterator[Section]:
+    wrong = [configs.said(one) for one in report.configs if one["logits"]]
+    harmless = [f"{configs.said(one)}, which is not in the logits" for one in report.configs if not one["logits"]]
+    table = [f"warning: {warning}" for warning in report.warnings]
+    table += [f"config     {configs.said(one)}   {'FAIL' if one['logits'] else 'not in the logits'}" for one in report.configs]
+    lines = [*wrong, *harmless, *report.warnings]
+    verdict = "fail" if wrong else "warn" if lines else "ok"
+    yield Section("configuration", verdict, lines[0] if lines else "both configurations say the same", lines, table)
+
+
+def _weights(report: Report) -> Iterator[Section]:
+    wrong = [f"{weight.name}: {weight.note}" for weight in report.weights if weight.note]
+    count, exact = len(report.weights), len(report.weights) - len(wrong)
+    verdict = "fail" if wrong else "ok"
+    line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {'bit-exact, decoded by transformers':<36} "
+    table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
+    if len(wrong) > 8:
+        table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
+    if not count:
+        yield Section("weights", "incomplete", "no parameter was compared", [], table)
+    elif wrong:
+        yield Section("weights", verdict, f"not bit-exact: {len(wrong)} of {count} parameters", wrong, table)
+    else:
+        yield Section("weights", verdict, f"all {count} parameters are bit-exact", [], table)
+
+
+def _semantics(report: Report) -> Iterator[Section]:
+    """A line a tap that is not right; how the others are shown is each report's own: rows folded, cases, a heatmap."""
+    if report.taps:
+        bad = [tap for tap in report.taps if tap.verdict != "ok"]
+        lines = [f"{tap.place}: {tap.worst_token_rel_l2:.1e}; {tap.note}".removesuffix("; ") for tap in bad]
+        verdict = "fail" if any(tap.verdict == "fail" for tap in bad) else "incomplete" if bad else "ok"
+        headline = f"{len(bad)} of {len(report.taps)} taps are not right" if bad else f"all {len(report.taps)} taps are right"
+        yield Section("taps", verdict, headline, lines)
+
+
+def _precision(report: Report) -> Iterator[Section]:
+    if report.precision is None:
+        return
+    by_ratio = sorted(report.taps, key=lambda tap: tap.port_over_reference or 0.0, reverse=True)
+    worst, over = by_ratio[0], [tap for tap in by_ratio if (tap.port_over_reference or 0.0) > PRECISION_FAIL]
+    said = report.precision.upper() if report.precision == "fail" else report.precision
+    table = (
+        f"precision in bfloat16: at most {worst.port_over_reference:.2f} times the reference's error, {worst.place}   {said}"
+    )
+    ratio = f"{worst.port_over_reference:.3g}"
+    times = f"{worst.place} is {ratio} times as far from float32 as the reference in the same dtype"
+    if over:
+        times = f"more than {PRECISION_FAIL:g} times as far from float32 as the reference: {len(over)} taps"
+    lines = [f"{tap.place}: {tap.port_over_reference:.2f}" for tap in over or [worst]]
+    yield Section("precision", report.precision, times, lines, [table])
+
+
+def _free_run(report: Report) -> Iterator[Section]:
+    run = report.free_run
+    if run is None:
+        yield Section("free run", "incomplete", "the whole model was not run", report.incomplete, [])
+        return
+    runs = {"routing replayed": run, "own routing": run["own_routing"]}
+    if "bfloat16" in run:
+        runs["in bfloat16"] = run["bfloat16"]
+        runs["reference in it"] = run["reference_bfloat16"]  # what noise is: PyTorch against itself
+    table = []
+    for name, one in runs.items():
+        kl = f"KL {one['kl_mean']:.1e} mean, {one['kl_p95']:.1e} p95, {one['kl_max']:.1e} max   top-1 {one['top1']:.1%}"
+        verdict = {"ok": "ok", "fail": "FAIL"}.get(one.get("verdict", ""), "")
+        logit = f"max |d logit| {one['max_abs']:.1e} of {one['max_logit']:.3g}"
+        table.append(f"free run  {name:<16} {logit}   {kl}   {verdict}".rstrip())
+    headline = f"max |difference of logits| {run['max_abs']:.3e}, bound {run['gate']:.3e}"
+    lines = [f"KL {run['kl_mean']:.3e} mean, {run['kl_max']:.3e} max; top-1 {run['top1']:.2%}"]
+    yield Section("free run", run["verdict"], headline, lines, table)
+
+
+def _flips(report: Report) -> Iterator[Section]:
+    """Judged with the reference's routing replayed, told with the port's own."""
+    judged, told = report.judged_flips, report.flips
+    wrong = [flip for flip in judged if not flip["explained"]]
+    verdict, table = "fail" if wrong else "ok", []
+    if judged or told:
+        near = f"{len(judged) - len(wrong)} near-ties, {len(wrong)} not explained   {verdict.replace('fail', 'FAIL')}"
+        follow = sum(flip["follows"] is not None for flip in told)
+        unclear = sum(not flip["explained"] for flip in told)
+        kinds = f"{len(told) - follow - unclear} near-ties, {follow} follow from an earlier flip, {unclear} not explained"
+        table = [
+            f"expert flips  routing replayed {len(judged)}: {near}",
+            f"expert flips  own routing      {len(told)}: {kinds}",
+        ]
+    headline = f"not explained: {len(wrong)} of {len(judged)} expert flips, routing replayed"
+    yield Section("expert flips", verdict, headline if wrong else "all are explained", [str(flip) for flip in wrong], table)
+
+
+def _gradients(report: Report) -> Iterator[Section]:
+    count = len(report.gradients)
+    if not count:
+        return
+    worst = max(report.gradients, key=lambda gradient: gradient["relative_l2"])
+    wrong = report.wrong_gradients
+    names = [gradient["name"] for gradient in wrong]
+    said = f"FAIL: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if wrong else "ok"
+    table = f"gradients  {count} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {said}"
+    lines = [f"{one['name']}: {one['relative_l2']:.3e}" for one in wrong]
+    headline = f"gradients of all {count} parameters are within their bound"
+    if wrong:
+        some = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        headline = f"beyond their bound: {len(wrong)} of {count} gradients: {some}"
+    yield Section("gradients", "fail" if wrong else "ok", headline, lines, [table])
+
+
+def _complete(report: Report) -> Iterator[Section]:
+    table = [f"incomplete: {reason}" for reason in report.incomplete]
+    first = report.incomplete[0] if report.incomplete else "nothing that was asked for is missing"
+    yield Section("complete", "incomplete" if report.incomplete else "ok", first, report.incomplete, table)
+
+
+def _errors(report: Report) -> Iterator[Section]:
+    if report.errors:
+        said = [f"{error}; this is a bug of check-parity, please report it" for error in report.errors]
+        yield Section("errors", "warn", said[0], said, [f"error: {one}" for one in said])
+
+
+def _diagnosis(report: Report) -> Iterator[Section]:
+    """Where it first goes wrong, and what explains it."""
+    where = report.first_divergence
+    if where is None:
+        return
+    place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
+    said, found = [], report.diagnosis
+    if found is not None:
+        parameter = f"{found['tap']}: " if "." in found["tap"] else ""
+        said = [f"diagnosis: {parameter}{found['fault']}{residuals(found)}   [{found['name']}]", f"  to do: {found['fix']}"]
+        if found["others"]:
+            said.append(f"  as well as: {', '.join(other['name'] for other in found['others'])}")
+    elif report.explained:
+        pattern = f"; {report.pattern}" if report.pattern else ""
+        why = f"none of the {report.tried} known mistakes of this place explains it"
+        why = why if report.tried else "no known mistake could be tried here; it takes SRC and PyTorch"
+        said = [f"diagnosis: {report.explained}: {why}{pattern}"]
+    if report.witness is not None and report.witness["left"]:
+        one = report.witness
+        distances = f"PyTorch {one['reference']:.1e}, the port {one['port']:.1e}, what float32 rounds {one['noise']:.1e}"
+        said.append(f"  third witness, from the equation in float64: {distances}")
+    first = f"first divergence: {place}, {where['tap']}"
+    yield Section("diagnosis", "info", first, [line.strip() for line in said], [first, *said])
+
+
+def residuals(diagnosis: dict) -> str:
+    """Measured of a mistake that was tried; nothing was of what two files say."""
+    before, after = diagnosis["residual_before"], diagnosis["residual_after"]
+    return "" if before is None else f": residual {before:.1e} -> {after:.1e}"
