@@ -250,8 +250,8 @@ class Oracle(Protocol):
         """Those after the layers."""
         ...
 
-    def elsewhere(self, n: int, name: str) -> Iterable[np.ndarray]:
-        """A small parameter of layer n (its name without the layer) in all other layers; nothing where it is not known."""
+    def elsewhere(self, n: int, name: str) -> Iterable[Expected]:
+        """A small parameter of layer n (its name without the layer) in all other layers."""
         ...
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray: ...

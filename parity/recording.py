@@ -87,7 +87,7 @@ class Recorder:
     def faults(self, port: Port, asked: Asked) -> list[str]:
         return self.oracle.faults(port, asked)
 
-    def elsewhere(self, n: int, name: str) -> Iterable[np.ndarray]:
+    def elsewhere(self, n: int, name: str) -> Iterable[Expected]:
         return self.oracle.elsewhere(n, name)
 
     @property
@@ -207,8 +207,8 @@ class Recording:
         small = [name for name, (shape, _) in port.stored.items() if name in noted and math.prod(shape) <= SMALL]
         return not small or any(digest(value) == noted[name]["hash"] for name, value in port.restore(small).items())
 
-    def elsewhere(self, n: int, name: str) -> tuple[np.ndarray, ...]:
-        return ()
+    def elsewhere(self, n: int, name: str) -> Iterator[Expected]:
+        return self._expected(lambda full: full.endswith(f".{name}") and full != f"layers.{n}.{name}")
 
     def _expected(self, belongs) -> Iterator[Expected]:
         for name, noted in self.manifest["parameters"].items():

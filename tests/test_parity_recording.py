@@ -11,10 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from converter import convert
-from oss_model import InputError
+from oss_model import InputError, ModelConfig
 from oss_model.synthetic import write_checkpoint
 from parity import compare
 from parity.cli import main
+from parity.mistakes import selftest
 from parity.recording import DERIVED, Recording, digest
 
 
@@ -71,21 +72,40 @@ def test_a_wrong_window_is_found_by_a_recording(tmp_path, recorded, checkpoints)
     assert compare(Recording(recorded[0]), tmp_path / "wrong").first_divergence == {"layer": 0, "tap": "attn_core"}
 
 
-def test_it_runs_where_there_is_no_torch(recorded, checkpoints, tmp_path):
-    code = """
+WITHOUT_TORCH = """
 import sys
 class NoTorch:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "transformers"):
             raise ImportError(name)
 sys.meta_path.insert(0, NoTorch())
-from parity.cli import main
-main()
 """
-    arguments = [str(checkpoints["bfloat16"]), "--golden", str(recorded[0]), "--layers"]
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", WITHOUT_TORCH + code, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_it_runs_where_there_is_no_torch(recorded, checkpoints):
+    code = "from parity.cli import main\nmain()"
+    run = without_torch(code, checkpoints["bfloat16"], "--golden", recorded[0], "--layers")
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("PASS")
+
+
+def test_mistakes_are_named_where_there_is_no_torch(recorded, checkpoints):
+    """Those of the code from what the port's own right parameters give, values or packed."""
+    code = """
+from parity import compare
+from parity.mistakes.injection import Faulty
+from parity.recording import Recording
+for fault in ("window-one-long", "swiglu-alpha-one", "yarn-missing", "lm-head-tied"):
+    n = 0 if fault in ("window-one-long", "swiglu-alpha-one") else None
+    print(compare(Recording(sys.argv[1]), Faulty(sys.argv[2], fault, n)).diagnosis["name"])
+"""
+    for dtype in ("bfloat16", "mxfp4"):
+        run = without_torch(code, recorded[0], checkpoints[dtype])
+        assert run.stdout.split() == ["window-one-long", "swiglu-alpha-one", "yarn-missing", "lm-head-tied"], run.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,3 +159,18 @@ def test_a_digest_does_not_care_how_a_bfloat16_is_held():
     assert digest(values) == digest(values.astype(ml_dtypes.bfloat16))
     assert digest(values + np.float32(1e-5)) != digest(values)
     assert digest(-np.zeros((2, 2), np.float32)) != digest(np.zeros((2, 2), np.float32))
+
+
+def test_of_mistakes_in_parameters_a_recording_names_what_can_be_undone(tmp_path, monkeypatch):
+    """The rest of those in parameters is found and located, and needs the source to be named."""
+    cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
+    monkeypatch.setattr(selftest, "HEALTHY", ({},))
+    of_parameters = lambda fault: fault.tap == "weights"  # noqa: E731
+    result = selftest.self_test(tmp_path, convert, cfg=cfg, seeds=1, depths=1, golden=True, only=of_parameters)
+    assert all(outcome.found and outcome.located for outcome in result.outcomes), result.table()
+    assert not result.alarms
+    assert {outcome.fault for outcome in result.outcomes if not outcome.named} == {
+        "weight-one-block", "weight-through-fp8", "experts-permuted", "qkv-split-by-group", "scale-ignored", "scale-linear",
+        "scales-shifted", "sign-lost", "minus-zero-lost",
+    }  # fmt: skip
+    assert len(result.outcomes) == 28

@@ -78,7 +78,8 @@ class Diagnosis:
     def _edits(self, expected: Expected, got: np.ndarray, parameters: Parameters) -> Iterable[edits.Found]:
         name, n = expected.name.removeprefix(parameters.prefix), parameters.number
         if expected.value is None:
-            found = edits.undone(expected, got, name, parameters.by_name() if n is not None else self._outside())
+            others = parameters.by_name() if n is not None else self._outside()
+            found = edits.undone(expected, got, name, others, () if n is None else self.oracle.elsewhere(n, name))
             return ((fault, 1.0, 0.0, "") for fault in found)  # of a hash: all of it or nothing
         right = self._right(parameters)
 

@@ -24,6 +24,7 @@ from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_sourc
 from parity.mistakes.injection import INJECTIONS, Faulty
 from parity.prompts import random_prompt
 from parity.protocols import Oracle, Port
+from parity.recording import Recording
 from parity.reference import Reference, ReferenceLayer
 from parity.reports.report import Report
 
@@ -77,6 +78,11 @@ class SelfTest:
         for name in ("found", "located", "named"):
             good = sum(getattr(outcome, name) for outcome in self.outcomes)
             yield f"{name:<11} {good}/{count}   {good / max(count, 1):.1%}"
+        of_parameters = [CATALOGUE[outcome.fault].tap == "weights" for outcome in self.outcomes]
+        for kind, parameters in (("the code", False), ("parameters", True)):
+            some = [one for one, those in zip(self.outcomes, of_parameters, strict=True) if those == parameters]
+            if 0 < len(some) < count:
+                yield f"  named of {kind:<11} {sum(one.named for one in some)}/{len(some)}"
         for outcome in self.outcomes:
             if not (outcome.found and outcome.located and outcome.named):
                 where = "model" if outcome.layer is None else f"layer {outcome.layer}"
@@ -99,6 +105,7 @@ def self_test(
     cfg: ModelConfig | None = None,
     seeds: int = 3,
     depths: int = 3,
+    golden: bool = False,
     only: Callable[[Fault], bool] = lambda fault: True,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> SelfTest:
@@ -110,6 +117,7 @@ def self_test(
       cfg: of the model; the tiny one if None.
       seeds: how many checkpoints and prompts, each its own.
       depths: at how many layers: 1, the first; 2, the last too; 3, and one between.
+      golden: compare with a recording of the reference, which has hashes in place of parameters.
       only: which mistakes.
       progress: called with (runs done, runs in all, what is being done).
     """
@@ -123,13 +131,17 @@ def self_test(
         convert(source, checkpoint)
         convert(source, packed, "mxfp4")
         reference, read = _Kept(source), {}
+        oracle: Oracle = reference
+        if golden:
+            compare(reference, Candidate(checkpoint), seed=seed, record=work / "recording")
+            oracle = Recording(work / "recording")
         fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, reference.settings)]
         places = [(fault, n) for fault in fitting for n in _layers(fault, cfg, depths)]
         total = seeds * (len(places) + len(HEALTHY))
         usual = _last_logits(reference, seed)
         for options in HEALTHY:
             progress(done, total, "healthy")
-            report = compare(reference, Candidate(checkpoint, **options), seed=seed)
+            report = compare(oracle, Candidate(checkpoint, **options), seed=seed)
             result.healthy += 1
             if report.verdict != "pass":
                 result.alarms.append(f"healthy {options}, seed {seed}: {_said(report)}")
@@ -140,7 +152,7 @@ def self_test(
                 port, changed = Faulty(checkpoint, fault.name, n, read), []
             else:
                 port, changed = _corrupted(fault, n, source, checkpoint, packed, work / f"wrong-{done}", convert)
-            report = compare(reference, port, seed=seed)
+            report = compare(oracle, port, seed=seed)
             result.alarms += [f"{fault.name}, layer {n}, seed {seed}: {error}" for error in report.errors]
             if fault.equivalent:
                 result.equivalent += 1

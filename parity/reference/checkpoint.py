@@ -166,12 +166,12 @@ class Reference:
         yield self._outside("norm.scale", "model.norm.weight")
         yield self._outside("lm_head.weight", "lm_head.weight")
 
-    def elsewhere(self, n: int, name: str) -> Iterator[np.ndarray]:
+    def elsewhere(self, n: int, name: str) -> Iterator[Expected]:
         """A parameter of layer n that is no expert's, in all other layers, one at a time."""
         read = self._original_tensor if self.original else lambda m, key: self._get(f"model.layers.{m}.{key}")
         for m in (m for m in range(self.sizes.layers) if m != n):
             tensors = as_in_orbax(self.config, m, _Lazily(lambda key, m=m: read(m, key)))
-            yield to_numpy(next(tensor for found, tensor in tensors if found == f"layers.{m}.{name}"))
+            yield _expected(*next(pair for pair in tensors if pair[0] == f"layers.{m}.{name}"))
 
     def _outside(self, name: str, theirs: str) -> Expected:
         """Read when it is asked for, and once."""
@@ -240,12 +240,12 @@ class ReferenceLayer(TorchLayer):
         # The packed bytes are read again where they are asked for, rather than kept beside the decoded ones.
         tensors = self.reference.stored_layer(self.n) if packed else self.decoded
         for name, tensor in as_in_orbax(self.config, self.n, tensors):
-            yield Expected(
-                name,
-                tuple(tensor.shape),
-                lambda got, tensor=tensor: difference(tensor, got),
-                lambda tensor=tensor: to_numpy(tensor) if tensor.is_contiguous() else _Rows(tensor),
-            )
+            yield _expected(name, tensor)
+
+
+def _expected(name: str, tensor: torch.Tensor) -> Expected:
+    value = lambda: to_numpy(tensor) if tensor.is_contiguous() else _Rows(tensor)  # noqa: E731
+    return Expected(name, tuple(tensor.shape), lambda got: difference(tensor, got), value)
 
 
 class _Rows:
