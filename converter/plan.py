@@ -10,9 +10,6 @@ from oss_model.errors import raise_all
 from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
 
-BLOCK_BYTES = 32 << 20  # of a vocabulary that is cut into blocks of rows: large enough to stream, small enough to hold
-WHOLE_BYTES = 8 << 20  # a matrix larger than this is cut into PARTS, so that as many processes can read a share each
-PARTS = 8
 CHECKSUM_BYTES = 4  # crc32c, at the end of each chunk
 
 
@@ -106,23 +103,9 @@ def make_plan(checkpoint: Checkpoint, dtype: str) -> Plan:
         )
     raise_all(faults)
     cfg = dataclasses.replace(checkpoint.cfg, param_dtype=dtype)
+    axes = layouts.parameter_axes(cfg)
     for name, (shape, stored) in layouts.parameters(cfg).items():
         stem = name.removesuffix("weight")
         sources = (entries[name],) if name in entries else (entries[stem + "blocks"], entries[stem + "scales"])
-        targets.append(Target(name, shape, stored, _rows(sources[0], shape, stored), sources))
+        targets.append(Target(name, shape, stored, layouts.chunk_rows(name, axes[name], shape, stored), sources))
     return Plan(dtype, tuple(targets))
-
-
-def _rows(entry: Entry, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows of the first axis in a chunk: one expert, about 32 MB of a vocabulary, an eighth of a matrix, or everything."""
-    first, *rest = shape
-    lead = entry.pattern.split("->")[1].split()[0]
-    if lead == "experts" and len(rest) > 1 and not entry.model.endswith("bias"):
-        return 1
-    if lead != "vocab":
-        large = math.prod(shape) * dtype.itemsize > WHOLE_BYTES
-        return first // PARTS if large and first % PARTS == 0 else first
-    most = max(1, BLOCK_BYTES // (math.prod(rest) * dtype.itemsize))
-    # A divisor leaves no partial chunk to fill up with zeros, and shards evenly: 201088 = 32 * 6284.
-    divisors = [rows for rows in range(most // 2, most * 3 // 2 + 1) if rows and first % rows == 0]
-    return min(divisors, key=lambda rows: abs(rows - most)) if divisors else min(most, first)

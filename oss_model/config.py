@@ -1,9 +1,8 @@
-"""`ModelConfig`: the sizes and constants of a gpt-oss model, and the three dialects of config.json."""
+"""`ModelConfig`: the sizes and constants of a gpt-oss model. `oss_model.dialects` has the three forms of config.json."""
 
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from oss_model.errors import InputError, raise_all
+from oss_model.errors import raise_all
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
@@ -60,7 +59,7 @@ class ModelConfig:
     swiglu_limit: float = 7.0
     dtype: Any = ml_dtypes.bfloat16
     param_dtype: str | None = None
-    expert_path: str = "auto"  # how expert sums are computed: see `oss_model.moe`
+    expert_path: str = "auto"  # how expert sums are computed: see `oss_model.expert_paths`
     remat: str = "none"  # what training computes twice to save memory: "none", "mlp" (the experts), "block" (everything)
     use_sharding: bool = False  # annotate parameters with the partition specs of `oss_model.sharding`
 
@@ -117,19 +116,22 @@ class ModelConfig:
         Raises:
           InputError: naming every key that is missing, of the wrong type, or not implemented.
         """
-        if isinstance(source, Mapping):
-            return _from_dict(dict(source), "config.json")
-        where = os.fspath(source)
-        try:
-            with open(where, encoding="utf-8") as f:
-                data = json.load(f)
-        except FileNotFoundError:
-            raise InputError(f"{where}: expected a gpt-oss config.json, found no file") from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise InputError(f"{where}: expected a JSON object, found something unreadable ({e})") from None
-        if not isinstance(data, dict):
-            raise InputError(f"{where}: expected a JSON object, found {type(data).__name__}")
-        return _from_dict(data, where)
+        from oss_model import dialects
+
+        return cls(**dialects.read(source))
+
+    def to_json(self, dialect: str = "transformers5") -> dict[str, Any]:
+        """What config.json says of this model, as an object.
+
+        Args:
+          dialect: "transformers4" (as published on the hub), "transformers5", or "openai" (the original).
+
+        Raises:
+          InputError: if the dialect cannot say it: the original has no layer types, no eps and no alpha of its own.
+        """
+        from oss_model import dialects
+
+        return dialects.write(self, dialect)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -149,132 +151,14 @@ class ModelConfig:
         }
 
 
-# --- config.json ------------------------------------------------------------------------------------------------
-
-# Each dialect: key in the file -> field of ModelConfig. A key that is in none of these tables is refused.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "head_dim", "sliding_window")  # fmt: skip
-_HF_KEYS = {name: name for name in _SIZES} | {
-    "num_local_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_tok",
-    "layer_types": "layer_types",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "swiglu_alpha": "swiglu_alpha",
-    "swiglu_limit": "swiglu_limit",
-    "rope_theta": "rope_theta",
-}
-_ROPE_KEYS = {  # in `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)
-    "rope_theta": "rope_theta",
-    "factor": "rope_factor",
-    "beta_fast": "rope_beta_fast",
-    "beta_slow": "rope_beta_slow",
-    "original_max_position_embeddings": "rope_original_max_position_embeddings",
-    "truncate": "rope_truncate",
-}
-_HF_ECHOES = {  # said a second time by the published files; transformers does not read them
-    "experts_per_token": "num_experts_per_tok",
-    "num_experts": "num_experts",
-    "initial_context_length": "rope_original_max_position_embeddings",
-}
-_OPENAI_KEYS = {name: name for name in _SIZES} | {
-    "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "swiglu_limit": "swiglu_limit",
-    "initial_context_length": "rope_original_max_position_embeddings",
-    "rope_theta": "rope_theta",
-    "rope_scaling_factor": "rope_factor",
-    "rope_ntk_alpha": "rope_beta_slow",
-    "rope_ntk_beta": "rope_beta_fast",
-}
-_OPTIONAL = {"layer_types", "max_position_embeddings", "rms_norm_eps", "swiglu_alpha", "rope_beta_fast",
-             "rope_beta_slow", "rope_truncate"}  # fmt: skip
-# Keys that would change the arithmetic, with the only value that is implemented.
-_ONLY = {"attention_bias": True, "attention_dropout": 0, "tie_word_embeddings": False, "is_encoder_decoder": False}
-# Keys that leave the logits alone. `hidden_act` is among them: the reference does not read it either.
-_HARMLESS = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "hidden_act", "id2label", "initializer_range", "label2id", "model_type", "name_or_path", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "quantization_config", "return_dict",
-    "router_aux_loss_coef", "sep_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
-
-
-def _from_dict(data: dict[str, Any], where: str) -> ModelConfig:
-    if data.get("model_type", "gpt_oss") != "gpt_oss":
-        raise InputError(f"{where}: model_type: expected 'gpt_oss', found {data['model_type']!r}; this is another model")
-    hf = "model_type" in data or "num_local_experts" in data
-    faults: list[str] = []
-    found: dict[str, Any] = {}
-    rest = dict(data)
-    names = {field: key for key, field in (_HF_KEYS if hf else _OPENAI_KEYS).items()}  # what is missing is called by
-
-    def take(scope: dict[str, Any], keys: Mapping[str, str], prefix: str) -> None:
-        for key in [key for key in keys if key in scope]:
-            field, value = keys[key], scope.pop(key)
-            if value is None and field in _OPTIONAL:
-                continue  # null means the default
-            wrong = _type_fault(field, value, f"{where}: {prefix}{key}")
-            faults.extend(wrong)
-            if found.setdefault(field, value) != value and not wrong:
-                faults.append(f"{where}: {prefix}{key}: found {value!r}, but {found[field]!r} elsewhere in the file; keep one")
-
-    if hf:
-        take(rest, _HF_KEYS, "")
-        ropes = [key for key in ("rope_parameters", "rope_scaling") if rest.get(key) is not None]
-        if not ropes:
-            faults.append(f"{where}: rope_parameters or rope_scaling: missing; without YaRN every position is rotated wrongly")
-        for key in ropes:
-            if not isinstance(rest[key], dict):
-                faults.append(f"{where}: {key}: expected an object, found {rest[key]!r}")
-                continue
-            # transformers takes an absent `truncate` as true, and null as false; the published files say false.
-            scope = {"truncate": True} | {k: v for k, v in rest[key].items() if v is not None or k == "truncate"}
-            names |= {field: f"{key}.{name}" for name, field in _ROPE_KEYS.items() if name != "rope_theta"}
-            kinds = [scope.pop(name) for name in ("rope_type", "type") if name in scope]  # `type` in older files
-            others = [kind for kind in kinds or [None] if kind != "yarn"]
-            if others:
-                faults.append(f"{where}: {key}.rope_type: only 'yarn' is implemented, found {others[0]!r}")
-            take(scope, _ROPE_KEYS, f"{key}.")
-            for unknown in sorted(scope):
-                faults.append(f"{where}: {key}.{unknown}: not implemented, and it would change the rotation")
-        for key in ("rope_parameters", "rope_scaling"):
-            rest.pop(key, None)
-        take(rest, _HF_ECHOES, "")
-    else:
-        take(rest, _OPENAI_KEYS, "")
-        # The original has no such keys: eps is 1e-5 and YaRN's range is not rounded (gpt_oss/torch/model.py).
-        found |= {"rms_norm_eps": 1e-5, "rope_truncate": False}
-
-    for key, only in _ONLY.items():
-        if rest.pop(key, only) != only:
-            faults.append(f"{where}: {key}: only {only!r} is implemented, found {data[key]!r}")
-    quantization = rest.get("quantization_config")
-    # Other tools write a form of their own without `quant_method`: {"bits": 4, "group_size": 64}.
-    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
-        faults.append(f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}")
-    for key in sorted(rest.keys() - _HARMLESS):
-        faults.append(f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused")
-    # transformers 4 knows no such key and writes none: its code says 7.
-    optional = _OPTIONAL | {"swiglu_limit"} if hf else _OPTIONAL
-    for field in sorted(names.keys() - found.keys() - optional):
-        faults.append(f"{where}: {names[field]}: missing; is this the config.json of a gpt-oss model?")
-    raise_all(faults)
-    found = {field: _CAST.get(_TYPES[field], lambda value: value)(value) for field, value in found.items()}
-    try:
-        return ModelConfig(**found)
-    except InputError as e:
-        raise InputError(*(f"{where}: {fault}" for fault in e.faults)) from None
-
-
 # --- checks -----------------------------------------------------------------------------------------------------
 
-_TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-_CAST = {float: float, tuple[str, ...]: tuple}  # JSON writes 150000 for 150000.0, and has lists
+TYPES = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+CAST = {float: float, tuple[str, ...]: tuple}  # JSON writes 150000 for 150000.0, and has lists
 
 
-def _type_fault(field: str, value: Any, where: str) -> list[str]:
-    kind = _TYPES[field]
+def type_fault(field: str, value: Any, where: str) -> list[str]:
+    kind = TYPES[field]
     if kind is int:
         good, expected = type(value) is int, "an integer"
     elif kind is float:
@@ -292,10 +176,10 @@ def _type_fault(field: str, value: Any, where: str) -> list[str]:
 
 def _faults(cfg: ModelConfig) -> list[str]:
     """Every field of `cfg` that cannot be computed with, one line each."""
-    faults = [fault for name in _TYPES for fault in _type_fault(name, getattr(cfg, name), name)]
+    faults = [fault for name in TYPES for fault in type_fault(name, getattr(cfg, name), name)]
     if faults:
         return faults
-    for name, kind in _TYPES.items():
+    for name, kind in TYPES.items():
         if kind in (int, float) and getattr(cfg, name) <= 0:
             faults.append(f"{name}: expected a positive number, found {getattr(cfg, name)}")
     if faults:

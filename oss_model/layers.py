@@ -1,4 +1,4 @@
-"""The parts the blocks are made of: linear maps, RMSNorm, rotary embedding (YaRN), sink attention, clamped SwiGLU.
+"""The parts the blocks are made of: linear maps, RMSNorm, rotary embedding (YaRN).
 
 Letters in einsum strings: b batch, l length (queries), m length (keys), h hidden, n heads, k kv heads,
 g query heads per kv head, d head_dim, e experts, v vocab. Parameters keep their stored dtype and are cast where
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from oss_model.config import ModelConfig
 from oss_model.sharding import constrain
@@ -127,43 +127,3 @@ def rotate(x: Float[Array, "b l n d"], rope: Rope) -> Float[Array, "b l n d"]:
     cos, sin = (table[:, :, None] for table in rope)
     x1, x2 = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-
-
-def visibility(queries: Int[Array, "b l"], keys: Int[Array, "b m"], window: int | None) -> Bool[Array, "b l m"]:
-    """Which keys a query sees, by position: itself and what came before, at most `window` of them.
-
-    A negative position is padding: nobody sees it.
-    """
-    ahead = queries[:, :, None] - keys[:, None, :]
-    seen = (ahead >= 0) & (keys >= 0)[:, None, :]
-    return seen if window is None else seen & (ahead < window)
-
-
-def sink_attention(
-    q: Float[Array, "b l n d"],
-    k: Float[Array, "b m k d"],
-    v: Float[Array, "b m k d"],
-    sinks: Float[Array, " n"],
-    visible: Bool[Array, "b l m"],
-) -> Float[Array, "b l n d"]:
-    """Grouped-query attention with one more logit a head, the sink, that takes probability and gives no value."""
-    (batch, length, n, d), kv = q.shape, k.shape[2]
-    logits = contract("blkgd,bmkd->bkglm", q.reshape(batch, length, kv, n // kv, d), k) * d**-0.5
-    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
-    sink = sinks.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1)
-    # A query that sees no key (padding) still has the sink to subtract, so nothing becomes NaN.
-    top = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1, keepdims=True), sink))
-    weights = jnp.exp(logits - top)
-    weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top))
-    return contract("bkglm,bmkd->blkgd", weights.astype(q.dtype), v).astype(q.dtype).reshape(q.shape)
-
-
-def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
-    """(up + 1) · gate · sigmoid(alpha · gate), both clamped: the gate only from above (gpt_oss/torch/model.py).
-
-    In bfloat16 the sigmoid's argument and result are rounded where torch rounds them.
-    """
-    gate = jnp.minimum(gate, cfg.swiglu_limit)
-    up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
-    scaled = (gate.astype(jnp.float32) * cfg.swiglu_alpha).astype(gate.dtype)
-    return (up + 1) * (gate * jax.nn.sigmoid(scaled.astype(jnp.float32)).astype(gate.dtype))

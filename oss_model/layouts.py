@@ -8,7 +8,7 @@ the axes come from `ModelConfig.axes`, so every row knows the shape it expects o
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import einops
 import ml_dtypes
@@ -284,3 +284,33 @@ def check(tensors: dict[str, tuple[tuple[int, ...], str]], layout: Layout, cfg: 
 def not_a_checkpoint(where: str, names: Iterable[str]) -> InputError:
     some = ", ".join(sorted(names)[:3])
     return InputError(f"{where}: expected the tensors of a gpt-oss checkpoint, found {some or 'none'}; is this another model?")
+
+
+def parameter_name(path: tuple) -> str:
+    """A path in `nnx.state(model)` as the name used in `oss_model.layouts`: layers.0.attn.sinks"""
+    return ".".join(str(part) for part in path)
+
+
+# --- the chunk grid ---------------------------------------------------------------------------------------------
+
+BLOCK_BYTES = 32 << 20  # of a vocabulary that is cut into blocks of rows: large enough to stream, small enough to hold
+WHOLE_BYTES = 8 << 20  # a matrix larger than this is cut into PARTS, so that as many processes can read a share each
+PARTS = 8
+
+
+def chunk_rows(name: str, axes: Sequence[str], shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """How many rows of a parameter's first axis one chunk of the checkpoint holds: all other axes are whole.
+
+    One expert, about 32 MB of a vocabulary, an eighth of a large matrix, or everything. `oss_model.sharding` cuts first
+    axes too, so that a process reads its share and no more.
+    """
+    first, *rest = shape
+    if axes[0] == "experts" and len(rest) > 1 and not name.endswith("bias"):
+        return 1
+    if axes[0] != "vocab":
+        large = math.prod(shape) * dtype.itemsize > WHOLE_BYTES
+        return first // PARTS if large and first % PARTS == 0 else first
+    most = max(1, BLOCK_BYTES // (math.prod(rest) * dtype.itemsize))
+    # A divisor leaves no partial chunk to fill up with zeros, and shards evenly: 201088 = 32 * 6284.
+    divisors = [rows for rows in range(most // 2, most * 3 // 2 + 1) if rows and first % rows == 0]
+    return min(divisors, key=lambda rows: abs(rows - most)) if divisors else min(most, first)

@@ -18,9 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from oss_model.config import ModelConfig
 from oss_model.errors import raise_all
+from oss_model.experts import ExpertLinear
 from oss_model.layers import Linear, contract
+from oss_model.layouts import parameter_name
 from oss_model.modeling import Transformer
-from oss_model.moe import ExpertLinear
 
 Adaptable = Linear | ExpertLinear
 
@@ -114,7 +115,7 @@ def _bad_patterns(rules: Sequence[str]) -> list[str]:
 def _adaptable(model: Transformer) -> Iterator[tuple[str, Adaptable]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear | ExpertLinear):
-            yield ".".join(map(str, path)), module
+            yield parameter_name(path), module
 
 
 def _adapted(module: Adaptable) -> bool:

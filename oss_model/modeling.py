@@ -7,7 +7,6 @@ b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i inter
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -16,9 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oss_model import sharding
+from oss_model.attention import sink_attention, visibility
 from oss_model.cache import EMPTY, Cache, LayerCache, capacity, next_positions
 from oss_model.config import SLIDING, ModelConfig
 from oss_model.errors import InputError
+from oss_model.experts import ExpertLinear, choose, experts, weigh
 from oss_model.layers import (
     Embedding,
     Linear,
@@ -27,11 +28,8 @@ from oss_model.layers import (
     RotaryEmbedding,
     param_dtype,
     rotate,
-    sink_attention,
-    visibility,
 )
-from oss_model.moe import ExpertLinear, choose, experts, weigh
-from oss_model.taps import tap, watched
+from oss_model.taps import in_layer, tap, watched
 
 
 class AttentionBlock(nnx.Module):
@@ -39,7 +37,6 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         heads, kv, dim, hidden = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
-        self.layer = layer
         self.window = cfg.sliding_window if cfg.layer_types[layer] == SLIDING else None
         self.norm = RMSNorm(cfg)
         self.q_proj = Linear("blh,ndh->blnd", (heads, dim, hidden), (heads, dim), cfg, rngs=rngs)
@@ -51,52 +48,52 @@ class AttentionBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
-        mark = functools.partial(tap, self.layer)
-        y = mark("attn_norm", self.norm(x))
-        q, k, v = mark("q", self.q_proj(y)), mark("k", self.k_proj(y)), mark("v", self.v_proj(y))
-        q, k = mark("q_rope", rotate(q, rope)), mark("k_rope", rotate(k, rope))
+        y = tap("attn_norm", self.norm, x)
+        q, k, v = tap("q", self.q_proj, y), tap("k", self.k_proj, y), tap("v", self.v_proj, y)
+        q, k = tap("q_rope", rotate, q, rope), tap("k_rope", rotate, k, rope)
         seen = LayerCache(k, v, positions) if cache is None else cache.followed_by(k, v, positions)
         visible = visibility(positions, seen.positions, self.window)
-        core = mark("attn_core", sink_attention(q, seen.keys, seen.values, self.sinks[...], visible))
+        core = tap("attn_core", sink_attention, q, seen.keys, seen.values, self.sinks[...], visible)
         after = None if cache is None else cache.store(k, v, positions)
-        return x + mark("attn_out", self.o_proj(core)), after
+        return x + tap("attn_out", self.o_proj, core), after
 
 
 class MLPBlock(nnx.Module):
     """x + experts(norm(x)): every token goes to its k best experts."""
 
-    def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
-        self.cfg, self.layer = cfg, layer
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
         self.norm = RMSNorm(cfg)
         self.router = Linear("blh,eh->ble", (cfg.num_experts, cfg.hidden_size), (cfg.num_experts,), cfg, rngs=rngs)
         self.gate_up = ExpertLinear(("glu", "inner"), "hidden", cfg, rngs=rngs)
         self.down = ExpertLinear(("hidden",), "inner", cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l h"]) -> Float[Array, "b l h"]:
-        mark = functools.partial(tap, self.layer)
-        y = mark("mlp_norm", self.norm(x))
-        logits = mark("router_logits", self.router(y).reshape(-1, self.cfg.num_experts))
-        choice = mark("expert_choice", choose(logits, self.cfg.num_experts_per_tok))
-        weights = mark("expert_weights", weigh(logits, choice))
-        out = experts(y.reshape(-1, y.shape[-1]), choice, weights, self.gate_up, self.down, self.cfg)
-        return x + mark("mlp_out", out.reshape(x.shape))
+        y = tap("mlp_norm", self.norm, x)
+        logits = tap("router_logits", lambda: self.router(y).reshape(-1, self.cfg.num_experts))
+        choice = tap("expert_choice", choose, logits, self.cfg.num_experts_per_tok)
+        weights = tap("expert_weights", weigh, logits, choice)
+        rows = y.reshape(-1, y.shape[-1])
+        out = tap("mlp_out", lambda: experts(rows, choice, weights, self.gate_up, self.down, self.cfg).reshape(x.shape))
+        return x + out
 
 
 class TransformerBlock(nnx.Module):
     def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
-        self.layer = layer
         self.attn = AttentionBlock(cfg, layer, rngs=rngs)
-        self.mlp = MLPBlock(cfg, layer, rngs=rngs)
+        self.mlp = MLPBlock(cfg, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
-        x, cache = self.attn(x, positions, rope, cache)
-        x = called(self.mlp, self.mlp.cfg.remat == "mlp")(x)
-        return tap(self.layer, "layer_out", x), cache
+        with jax.named_scope("attn"):
+            x, cache = self.attn(x, positions, rope, cache)
+        with jax.named_scope("mlp"):
+            x = rematerialized(self.mlp, self.mlp.cfg.remat == "mlp")(x)
+        return tap("layer_out", lambda: x), cache
 
 
-def called(module: Callable, again: bool) -> Callable:
+def rematerialized(module: Callable, again: bool) -> Callable:
     """The module; with `again` computed a second time in the backward pass, so that only its inputs are kept for it.
 
     Not while taps are watched: a hook would be handed values of the recomputation.
@@ -158,14 +155,15 @@ class Transformer(nnx.Module):
         after = []
         for n, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache[n]
-            x, layer_cache = called(block, self.cfg.remat == "block")(x, positions, rope, layer_cache)
+            with in_layer(n), jax.named_scope("layer"):
+                x, layer_cache = rematerialized(block, self.cfg.remat == "block")(x, positions, rope, layer_cache)
             after.append(layer_cache)
         if beyond is not None:
             x = jnp.where(beyond[..., None], jnp.nan, x)
         return x, None if cache is None else tuple(after)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
-        return tap(None, "embedding", self.embedding(tokens))
+        return tap("embedding", self.embedding, tokens)
 
     def unembed(self, x: Float[Array, "b l h"]) -> Float[Array, "b l v"]:
-        return tap(None, "logits", self.lm_head(tap(None, "final_norm", self.norm(x))))
+        return tap("logits", self.lm_head, tap("final_norm", self.norm, x))

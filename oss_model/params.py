@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from oss_model import layouts, mxfp4
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
+from oss_model.layouts import parameter_name
 from oss_model.memory import release
 from oss_model.modeling import Transformer
 from oss_model.restoring import METADATA, not_a_checkpoint, restoring
@@ -62,11 +63,6 @@ def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.Grap
         value = variable.get_value()
         variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed.get(parameter_name(path))))
     return graphdef, state
-
-
-def parameter_name(path: tuple) -> str:
-    """A path in `nnx.state(model)` as the name used in `oss_model.layouts`: layers.0.attn.sinks"""
-    return ".".join(str(part) for part in path)
 
 
 def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

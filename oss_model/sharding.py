@@ -7,8 +7,8 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
 - `fsdp`: the batch, and every parameter along its first axis, which is how the checkpoint is cut into chunks: a process
   reads its share and no more. Parameters are gathered where they are used.
 - `tensor`: attention heads, the inner axis of the experts, the vocabulary.
-- `expert`: the experts, and the batch. Experts stay where they are and tokens travel (`oss_model.moe`); with it on, `fsdp`
-  cuts the experts further and moves no weights either.
+- `expert`: the experts, and the batch. Experts stay where they are and tokens travel (`oss_model.expert_parallel`);
+  with it on, `fsdp` cuts the experts further and moves no weights either.
 """
 
 import math
@@ -99,7 +99,7 @@ def annotate(model: nnx.Module, cfg: ModelConfig) -> None:
     mesh = jax.sharding.get_abstract_mesh()
     specs = partition_specs(cfg, None if mesh.empty else mesh.shape)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        variable.set_metadata(out_sharding=specs[".".join(map(str, path))])
+        variable.set_metadata(out_sharding=specs[layouts.parameter_name(path)])
 
 
 def mesh_shape() -> dict[str, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oss_model import layouts, mxfp4
+from oss_model import dialects, layouts, mxfp4
 from oss_model.config import ModelConfig
 from oss_model.errors import Incomplete, InputError, place_faults, raise_all, system_error
 from oss_model.exits import run_command
@@ -40,8 +40,8 @@ def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: expected a new or empty directory, found something; give another name, or remove it")
     table = layouts.LAYOUTS[layout]
-    config = openai_config(cfg) if layout == "openai" else hf_config(cfg, table.packed)
-    _check_writable(cfg, config, layout)
+    dataclasses.replace(cfg, param_dtype="mxfp4")  # which needs whole blocks
+    config = dialects.write(cfg, "openai") if layout == "openai" else hf_config(cfg, table.packed)
     out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, list[layouts.Entry]] = {}
     for entry in layouts.entries(table, cfg):
@@ -69,93 +69,23 @@ def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf
 
 
 def hf_config(cfg: ModelConfig, quantized: bool) -> dict:
-    """config.json as published on the hub: written by transformers 4."""
-    config = {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
+    """config.json as published on the hub, with all that it says besides: written by transformers 4."""
+    config = dialects.write(cfg, "transformers4") | {
         "eos_token_id": min(200002, cfg.vocab_size - 1),
         "experts_per_token": cfg.num_experts_per_tok,
-        "head_dim": cfg.head_dim,
         "hidden_act": "silu",
-        "hidden_size": cfg.hidden_size,
         "initial_context_length": cfg.rope_original_max_position_embeddings,
         "initializer_range": 0.02,
-        "intermediate_size": cfg.intermediate_size,
-        "layer_types": list(cfg.layer_types),
-        "max_position_embeddings": cfg.max_position_embeddings,
-        "model_type": "gpt_oss",
-        "num_attention_heads": cfg.num_attention_heads,
-        "num_experts_per_tok": cfg.num_experts_per_tok,
-        "num_hidden_layers": cfg.num_hidden_layers,
-        "num_key_value_heads": cfg.num_key_value_heads,
-        "num_local_experts": cfg.num_experts,
         "output_router_logits": False,
         "pad_token_id": min(199999, cfg.vocab_size - 2),
-        "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_scaling": {
-            "beta_fast": cfg.rope_beta_fast,
-            "beta_slow": cfg.rope_beta_slow,
-            "factor": cfg.rope_factor,
-            "original_max_position_embeddings": cfg.rope_original_max_position_embeddings,
-            "rope_type": "yarn",
-            "truncate": cfg.rope_truncate,
-        },
-        "rope_theta": cfg.rope_theta,
         "router_aux_loss_coef": 0.9,
-        "sliding_window": cfg.sliding_window,
-        "swiglu_limit": cfg.swiglu_limit,
-        "tie_word_embeddings": False,
         "transformers_version": "4.55.0.dev0",
         "use_cache": True,
-        "vocab_size": cfg.vocab_size,
     }
     if quantized:
         modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         config["quantization_config"] = {"modules_to_not_convert": modules, "quant_method": "mxfp4"}
-    return config
-
-
-def openai_config(cfg: ModelConfig) -> dict:
-    """config.json of the `original/` directories. It cannot say everything: eps, alpha and truncate are fixed."""
-    return {
-        "num_hidden_layers": cfg.num_hidden_layers,
-        "num_experts": cfg.num_experts,
-        "experts_per_token": cfg.num_experts_per_tok,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.intermediate_size,
-        "swiglu_limit": cfg.swiglu_limit,
-        "head_dim": cfg.head_dim,
-        "num_attention_heads": cfg.num_attention_heads,
-        "num_key_value_heads": cfg.num_key_value_heads,
-        "sliding_window": cfg.sliding_window,
-        "initial_context_length": cfg.rope_original_max_position_embeddings,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling_factor": cfg.rope_factor,
-        "rope_ntk_alpha": cfg.rope_beta_slow,
-        "rope_ntk_beta": cfg.rope_beta_fast,
-    }
-
-
-def _check_writable(cfg: ModelConfig, config: dict, layout: str) -> None:
-    """Refuse what would be read back as another model: MXFP4 needs whole blocks, and a dialect cannot say everything."""
-    dataclasses.replace(cfg, param_dtype="mxfp4")
-    said = ModelConfig.from_json(config)
-    not_said = {
-        "max_position_embeddings",
-        "dtype",
-        "param_dtype",
-        "expert_path",
-        "remat",
-        "use_sharding",
-    }  # leave the values alone
-    faults = [
-        f"{field.name}: the config.json of layout {layout!r} can only say {getattr(said, field.name)!r}, not {value!r}"
-        for field in dataclasses.fields(cfg)
-        if field.name not in not_said and (value := getattr(cfg, field.name)) != getattr(said, field.name)
-    ]
-    raise_all(faults)
+    return dict(sorted(config.items()))
 
 
 # --- values -----------------------------------------------------------------------------------------------------

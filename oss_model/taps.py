@@ -1,7 +1,7 @@
 """Named points of the forward pass that can be watched and replaced from outside.
 
-The model hands each intermediate value through `tap(layer, name, value)` and goes on with what comes back. Without
-a hook that is the value itself, and nothing is compiled in. With one (`with tapping(hook): model(tokens)`) the hook
+The model computes each intermediate value by way of `tap(name, compute, *inputs)` and goes on with what comes back. Without
+a hook that is the value itself, under a scope of its name. With one (`with tapping(hook): model(tokens)`) the hook
 sees the value and returns the value to continue with: itself to watch, another of the same shape to feed each part
 of the model an input of one's own. Under `jit`, enter `tapping` inside the function that is compiled.
 """
@@ -9,6 +9,7 @@ of the model an input of one's own. Under `jit`, enter `tapping` inside the func
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
@@ -21,11 +22,25 @@ LAYER_TAPS = (
 Hook = Callable[[int | None, str, jax.Array], jax.Array]
 
 _hook: ContextVar[Hook | None] = ContextVar("oss_model_tap", default=None)
+_layer: ContextVar[int | None] = ContextVar("oss_model_layer", default=None)
 
 
-def tap(layer: int | None, name: str, value: jax.Array) -> jax.Array:
+def tap(name: str, compute: Callable[..., jax.Array], *inputs: Any) -> jax.Array:
+    """compute(*inputs), in a scope that profilers show by this name, and then what the hook makes of it."""
+    with jax.named_scope(name):
+        value = compute(*inputs)
     hook = _hook.get()
-    return value if hook is None else hook(layer, name, value)
+    return value if hook is None else hook(_layer.get(), name, value)
+
+
+@contextmanager
+def in_layer(n: int) -> Iterator[None]:
+    """Taps inside are of layer n. The number is the caller's: it is no part of a block, so that equal layers are equal."""
+    token = _layer.set(n)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
 
 
 def watched() -> bool:

@@ -27,10 +27,11 @@ from oss_model import (
     TransformerBlock,
     create_model_from_checkpoint,
     eos_tokens,
+    experts,
     init_cache,
-    moe,
 )
-from oss_model.params import abstract_model, as_stored, parameter_name, stored_parameters
+from oss_model.layouts import parameter_name
+from oss_model.params import abstract_model, as_stored, stored_parameters
 from oss_model.restoring import restoring
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import configs, gradients, memory
@@ -199,7 +200,7 @@ class CandidateLayer:
         """The experts alone, on a routing of one's own: x [tokens, hidden], choice and weights [tokens, k]."""
         mlp = self.block(x.dtype).mlp
         routing = jnp.asarray(choice, jnp.int32), jnp.asarray(weights)
-        return np.asarray(moe.experts(jnp.asarray(x), *routing, mlp.gate_up, mlp.down, mlp.cfg))
+        return np.asarray(experts.experts(jnp.asarray(x), *routing, mlp.gate_up, mlp.down, mlp.cfg))
 
     def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
         """`layer_out` of every token, one at a time on the key-value cache, the routing given.

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from oss_model import Transformer
-from oss_model.params import parameter_name
+from oss_model.layouts import parameter_name
 from oss_model.taps import tapping
 from parity import metrics
 from parity.protocols import Arrays

@@ -33,8 +33,9 @@ def restore(checkpoint: Path, loader: str) -> None:
     from flax import nnx
 
     from oss_model import ModelConfig, create_model_from_checkpoint
+    from oss_model.layouts import parameter_name
     from oss_model.memory import peak_rss
-    from oss_model.params import abstract_model, as_stored, parameter_name
+    from oss_model.params import abstract_model, as_stored
 
     cfg, dtypes = as_stored(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -38,8 +38,9 @@ from converter import convert
 from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora
 from oss_model.errors import place_faults, raise_all
 from oss_model.exits import run_click
+from oss_model.layouts import parameter_name
 from oss_model.lora import select
-from oss_model.params import is_orbax, parameter_name
+from oss_model.params import is_orbax
 from oss_model.sharding import check
 from oss_model.shards import Checkpoint
 

@@ -164,8 +164,8 @@ def test_a_checkpoint_cut_otherwise_is_still_compared_with_its_source(sources, t
     """As one made by an older version: its chunks are its own, and the source's bytes still count."""
     source = Path(shutil.copytree(sources["hf"], tmp_path / "source"))
     with monkeypatch.context() as patch:
-        patch.setattr("converter.plan.WHOLE_BYTES", 1)
-        patch.setattr("converter.plan.PARTS", 7)
+        patch.setattr("oss_model.layouts.WHOLE_BYTES", 1)
+        patch.setattr("oss_model.layouts.PARTS", 7)
         convert(source, tmp_path / "out")
     assert verify_checkpoint(tmp_path / "out", source).status == "pass"
     with Checkpoint(source).shards as shards:

@@ -124,8 +124,8 @@ def test_what_is_another_conversion_is_refused_as_ever(source, out, sources, mon
     elif change == "another layout":
         source = sources["openai"]
     else:
-        monkeypatch.setattr("converter.plan.WHOLE_BYTES", 1)
-        monkeypatch.setattr("converter.plan.PARTS", 7)
+        monkeypatch.setattr("oss_model.layouts.WHOLE_BYTES", 1)
+        monkeypatch.setattr("oss_model.layouts.PARTS", 7)
     with pytest.raises(InputError) as caught:
         convert(source, out)
     assert caught.value.faults == [

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from converter import convert, plan, preflight
+from converter import convert, preflight
 from converter.chunks import PIECE_BYTES, runs
 from converter.cli import main
 from converter.plan import make_plan
@@ -58,8 +58,8 @@ def test_the_published_models_are_cut_into_chunks_of_good_size(layers, make, dty
 @pytest.mark.parametrize("layout", ["hf", "hf-bf16", "openai"])
 def test_a_cut_matrix_is_the_same_matrix(layout, sources, checkpoints, tmp_path, monkeypatch):
     """q, k and v have their first two axes as one in the source, and in OpenAI's layout lie in one tensor."""
-    monkeypatch.setattr(plan, "WHOLE_BYTES", 1)
-    monkeypatch.setattr(plan, "PARTS", 7)  # 14 heads, 7 kv heads
+    monkeypatch.setattr(layouts, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(layouts, "PARTS", 7)  # 14 heads, 7 kv heads
     convert(sources[layout], tmp_path / "out")
     assert len(list((tmp_path / "out" / "layers.1.attn.q_proj.weight.value" / "c").rglob("0"))) > 7
     import orbax.checkpoint as ocp
@@ -70,7 +70,7 @@ def test_a_cut_matrix_is_the_same_matrix(layout, sources, checkpoints, tmp_path,
 
 
 def test_a_last_chunk_that_is_not_full_is_filled_up(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "BLOCK_BYTES", 96 * 2 * 100)  # 509 rows in blocks of 100: prime, so no divisor fits
+    monkeypatch.setattr(layouts, "BLOCK_BYTES", 96 * 2 * 100)  # 509 rows in blocks of 100: prime, so no divisor fits
     convert(sources["hf"], tmp_path / "out")
     files = sorted((tmp_path / "out" / "embedding.weight.value" / "c").rglob("0"))
     assert sum(path.is_file() for path in files) == 6

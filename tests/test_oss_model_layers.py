@@ -11,7 +11,9 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from oss_model import ModelConfig, RMSNorm, RotaryEmbedding
-from oss_model.layers import rotate, sink_attention, swiglu, visibility
+from oss_model.attention import sink_attention, visibility
+from oss_model.expert_paths import swiglu
+from oss_model.layers import rotate
 
 RNG = np.random.default_rng(0)
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from oss_model import InputError, create_model_from_checkpoint, layouts
+from oss_model.layouts import parameter_name
 from oss_model.lora import add_lora, merge_lora
-from oss_model.params import parameter_name
 
 ATTENTION, EXPERTS = r".*(q|k|v|o)_proj", r".*mlp\.(gate_up|down)"
 

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from transformers import GptOssForCausalLM
 
-from oss_model import ModelConfig, Transformer, create_model_from_checkpoint, modeling, moe
+from oss_model import ModelConfig, Transformer, create_model_from_checkpoint, experts, modeling
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, MODEL_TAPS, tapping
 
@@ -242,8 +242,8 @@ def test_the_model_is_readable_in_one_sitting():
 @pytest.mark.parametrize("tokens", [1, 13])
 def test_weights_of_the_chosen_experts_sum_to_one(cfg, tokens):
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, 9)), jnp.float32)
-    choice = moe.choose(logits, 4)
-    weights = moe.weigh(logits, choice)
+    choice = experts.choose(logits, 4)
+    weights = experts.weigh(logits, choice)
     np.testing.assert_array_equal(np.sort(choice), np.sort(np.argsort(-np.asarray(logits))[:, :4]))
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
     chosen = np.take_along_axis(np.asarray(logits, np.float64), np.asarray(choice), -1)

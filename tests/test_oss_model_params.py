@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 from converter import convert
 from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, layouts
-from oss_model.params import parameter_name
+from oss_model.layouts import parameter_name
 
 
 def flat(model) -> dict:

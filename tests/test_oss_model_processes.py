@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oss_model import ModelConfig, create_model_from_checkpoint
+from oss_model import ModelConfig, create_model_from_checkpoint, layouts
 
 BENCH = Path(__file__).parent.parent / "scripts/bench_processes.py"
 
@@ -18,7 +18,7 @@ BENCH = Path(__file__).parent.parent / "scripts/bench_processes.py"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """Large enough for its parameters to outweigh its metadata, and cut into chunks as a model of full size is: 78 MB."""
-    from converter import convert, plan
+    from converter import convert
     from oss_model.synthetic import write_checkpoint
 
     sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 256, "num_attention_heads": 64, "num_experts": 8}
@@ -27,8 +27,8 @@ def checkpoint(tmp_path_factory) -> Path:
     )
     root = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "BLOCK_BYTES", 1 << 20)
-        patch.setattr(plan, "WHOLE_BYTES", 1 << 18)
+        patch.setattr(layouts, "BLOCK_BYTES", 1 << 20)
+        patch.setattr(layouts, "WHOLE_BYTES", 1 << 18)
         convert(write_checkpoint(root / "source", cfg), root / "orbax", dtype="float32", verify=False)
     return root / "orbax"
 

@@ -12,8 +12,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, generate, init_cache
+from oss_model.layouts import parameter_name
 from oss_model.lora import add_lora
-from oss_model.params import abstract_model, parameter_name
+from oss_model.params import abstract_model
 from oss_model.sharding import partition_specs, shardings
 
 MESHES = [

@@ -276,13 +276,13 @@ def refused(out: Path, cfg: ModelConfig, layout: str = "hf") -> list[str]:
 def test_what_a_config_json_cannot_say_is_refused(tmp_path):
     out = tmp_path / "out"
     other = dataclasses.replace(SMALL, rms_norm_eps=1e-6, swiglu_alpha=1.0, layer_types=("full_attention",) * 2)
-    can_only = "the config.json of layout {!r} can only say {!r}, not {!r}"
+    can_only = "a config.json of {} can only say {!r}, not {!r}"
     assert refused(out, other, "openai") == [
         "layer_types: " + can_only.format("openai", ("sliding_attention", "full_attention"), ("full_attention",) * 2),
         "rms_norm_eps: " + can_only.format("openai", 1e-5, 1e-6),
         "swiglu_alpha: " + can_only.format("openai", 1.702, 1.0),
     ]
-    assert refused(out, other, "hf") == ["swiglu_alpha: " + can_only.format("hf", 1.702, 1.0)]
+    assert refused(out, other, "hf") == ["swiglu_alpha: " + can_only.format("transformers4", 1.702, 1.0)]
     assert refused(out, dataclasses.replace(SMALL, hidden_size=100)) == [
         "hidden_size: expected a multiple of 32, the MXFP4 block, found 100"
     ]

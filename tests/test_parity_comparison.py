@@ -15,7 +15,17 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from converter import convert
-from oss_model import Transformer, cache, create_model_from_checkpoint, layers, modeling, moe, mxfp4
+from oss_model import (
+    Transformer,
+    attention,
+    cache,
+    create_model_from_checkpoint,
+    expert_paths,
+    experts,
+    layers,
+    modeling,
+    mxfp4,
+)
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import candidate as candidate_module
@@ -235,7 +245,7 @@ def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpo
     """Softmax weights cut to five bits: right in float32, and far noisier than the reference in bfloat16."""
 
     def careless(q, k, v, sinks, visible):
-        out = layers.sink_attention(q, k, v, sinks, visible)
+        out = attention.sink_attention(q, k, v, sinks, visible)
         return out if out.dtype == jnp.float32 else jnp.round(out * 8) / 8
 
     monkeypatch.setattr(modeling, "sink_attention", careless)
@@ -286,7 +296,7 @@ def test_a_gradient_that_does_not_flow_is_found_in_its_layer(monkeypatch, source
     def weigh(logits, choice):
         nonlocal traced
         traced += isinstance(logits, jax.core.Tracer)
-        return moe.weigh(jax.lax.stop_gradient(logits) if traced % 5 == 3 else logits, choice)
+        return experts.weigh(jax.lax.stop_gradient(logits) if traced % 5 == 3 else logits, choice)
 
     monkeypatch.setattr(modeling, "weigh", weigh)
     jax.clear_caches()
@@ -529,7 +539,7 @@ def test_reordered_reductions_do_not_alarm(monkeypatch, report, sources, checkpo
         x, y = (jnp.flip(z, [letters.index(i) for i in inner]) for letters, z in ((a, x), (b, y)))
         return contract(spec, x, y)
 
-    for module in (layers, moe):
+    for module in (layers, attention, expert_paths):
         monkeypatch.setattr(module, "contract", reordered)
     jax.clear_caches()
     again = compare(sources["hf"], checkpoints["bfloat16"], layers=True)

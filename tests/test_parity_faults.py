@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from converter import convert
-from oss_model import ModelConfig, layers, moe
+from oss_model import ModelConfig, attention, experts, layers
 from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
@@ -139,10 +139,10 @@ def test_casting_before_the_scale_is_nothing_in_float32_and_something_in_bfloat1
 
 def test_a_softmax_over_all_renormalised_is_one_over_the_chosen():
     logits = jnp.asarray(rng().normal(size=(50, 9)) * 4, jnp.float32)
-    choice = moe.choose(logits, 4)
+    choice = experts.choose(logits, 4)
     all_of_them = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), choice, axis=-1)
     again = all_of_them / all_of_them.sum(-1, keepdims=True)
-    np.testing.assert_allclose(moe.weigh(logits, choice), again, rtol=2e-6)
+    np.testing.assert_allclose(experts.weigh(logits, choice), again, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["sinks-softmax-rescaled", "mask-finite"])
@@ -154,8 +154,8 @@ def test_other_forms_of_the_sink_and_the_mask(cfg, name):
     k, v = (jnp.asarray(rng().normal(size=(2, 30, cfg.num_key_value_heads, cfg.head_dim)), jnp.float32) for _ in "kv")
     sinks = jnp.asarray(rng().normal(size=cfg.num_attention_heads) * 3, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(30, dtype=jnp.int32)[None], (2, 30))
-    visible = layers.visibility(positions, positions, cfg.sliding_window)
-    want = layers.sink_attention(q, k, v, sinks, visible)
+    visible = attention.visibility(positions, positions, cfg.sliding_window)
+    want = attention.sink_attention(q, k, v, sinks, visible)
     np.testing.assert_allclose(other(q, k, v, sinks, visible), want, atol=2e-5 * float(jnp.abs(want).max()))
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from oss_model import ModelConfig, Transformer
-from oss_model.params import parameter_name
+from oss_model.layouts import parameter_name
 from parity import memory
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oss_model import TransformerBlock, layers, modeling, moe
+from oss_model import TransformerBlock, expert_paths, layers, modeling
 from parity.candidate import Candidate, CandidateLayer, Parameters
 from parity.protocols import Arrays, Settings
 
@@ -31,7 +31,7 @@ class Injection(NamedTuple):
     def patched(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             # Jitted, the sum over experts would remember what was right.
-            stack.enter_context(mock.patch.object(moe, "_add_expert", moe._add_expert.__wrapped__))  # type: ignore
+            stack.enter_context(mock.patch.object(expert_paths, "_add_expert", expert_paths._add_expert.__wrapped__))  # type: ignore
             if self.patch is not None:
                 owner, name, make = self.patch
                 stack.enter_context(mock.patch.object(owner, name, make(owner.__dict__[name])))
@@ -218,7 +218,7 @@ def _heads_last(value: jax.Array, first: int) -> jax.Array:
 
 
 def _gate(compute: Callable[..., jax.Array]) -> Injection:
-    return _code(moe, "swiglu", lambda right: lambda gate, up, cfg: compute(right, gate, up, cfg))
+    return _code(expert_paths, "swiglu", lambda right: lambda gate, up, cfg: compute(right, gate, up, cfg))
 
 
 def _glu(gate, up, alpha):
@@ -236,7 +236,7 @@ def _halves(right, gate, up, cfg):
 
 def _experts(compute: Callable[..., jax.Array]) -> Injection:
     """`compute(right, x, choice, weights, bias)`: `right(x, choice, weights)` is our own sum, bias that of down."""
-    return _code(moe, "PATHS", lambda right: {name: _path(compute, path) for name, path in right.items()})
+    return _code(expert_paths, "PATHS", lambda right: {name: _path(compute, path) for name, path in right.items()})
 
 
 def _path(compute, path):
@@ -273,7 +273,7 @@ def _choose(compute: Callable[[jax.Array, int], jax.Array]) -> Injection:
 def _parallel(right):
     def block(self, x, positions, rope, cache=None):
         after, cache = self.attn(x, positions, rope, cache)
-        return modeling.tap(self.layer, "layer_out", after + self.mlp(x) - x), cache
+        return modeling.tap("layer_out", lambda: after + self.mlp(x) - x), cache
 
     return block
 
@@ -281,7 +281,7 @@ def _parallel(right):
 def _early_residual(right):
     def block(self, x, positions, rope, cache=None):
         after, cache = self.attn(x, positions, rope, cache)
-        return modeling.tap(self.layer, "layer_out", x + self.mlp(after) - after), cache
+        return modeling.tap("layer_out", lambda: x + self.mlp(after) - after), cache
 
     return block
 

@@ -1,102 +1,26 @@
-"""Mixture of experts: which experts a token goes to, and their sum.
+"""Ways to compute the experts' sum, all of one meaning: which is best goes by the backend and the number of tokens.
 
-Letters in einsum strings: t tokens (batch and length flattened), e experts, h hidden, i intermediate,
-s the two halves of the gated unit (0 gate, 1 up).
+Letters in einsum strings: t tokens (batch and length flattened), e experts, h hidden, i intermediate, s the two halves of the
+gated unit (0 gate, 1 up). Parameters come as a dict an expert map (`oss_model.experts.ExpertLinear.stored`), the expert first.
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.core import Tracer
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
-from oss_model import sharding
-from oss_model.config import MXFP4_BLOCK, ModelConfig
+from oss_model.config import ModelConfig
 from oss_model.errors import InputError
-from oss_model.layers import contract, param_dtype, swiglu
+from oss_model.layers import contract
 from oss_model.mxfp4 import dequantize
 
 
-class Mxfp4(nnx.Variable):
-    """Packed MXFP4 bytes. Not an `nnx.Param`: uint8 has no gradient, and `nnx.grad` would try."""
-
-
-class ExpertLinear(nnx.Module):
-    """One linear map an expert.
-
-    As values: weight [experts, *out, in]. With `param_dtype="mxfp4"`: blocks [experts, *out, in / 32, 16] and scales
-    [experts, *out, in / 32]. Always: bias [experts, *out]. `oss_model.lora` adds lora_a [experts, rank, in], lora_b
-    [experts, *out, rank] and lora_scale.
-
-    Args:
-      out: names of the output axes, in `ModelConfig.axes`.
-      width: name of the input axis.
-    """
-
-    lora_a: nnx.LoRAParam
-    lora_b: nnx.LoRAParam
-    lora_scale: float
-
-    def __init__(self, out: tuple[str, ...], width: str, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.out, self.width = out, width
-        shape = tuple(cfg.axes[axis] for axis in ("experts", *out, width))
-        if cfg.param_dtype == "mxfp4":
-            groups = (*shape[:-1], shape[-1] // MXFP4_BLOCK)
-            self.blocks: nnx.Variable[UInt8[Array, ...]] = Mxfp4(jnp.zeros((*groups, MXFP4_BLOCK // 2), jnp.uint8))
-            self.scales: nnx.Variable[UInt8[Array, ...]] = Mxfp4(jnp.full(groups, 127, jnp.uint8))
-        else:
-            self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype(cfg)))
-        self.bias = nnx.Param(jnp.zeros(shape[:-1], param_dtype(cfg)))
-
-    def stored(self) -> dict[str, Array]:
-        """Those of the arrays above that there are; the first axis of each is the expert. lora_b is scaled."""
-        arrays = {name: variable[...] for name, variable in vars(self).items() if isinstance(variable, nnx.Variable)}
-        return arrays | ({"lora_b": arrays["lora_b"] * self.lora_scale} if "lora_b" in arrays else {})
-
-    def specs(self, cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, PartitionSpec]:
-        """How each of the arrays above is cut on a mesh of this shape."""
-        rows = ("experts", *self.out)
-        axes = {
-            "weight": (*rows, self.width),
-            "blocks": (*rows, f"{self.width}_groups", "bytes"),
-            "scales": (*rows, f"{self.width}_groups"),
-            "bias": rows,
-            "lora_a": ("experts", "rank", self.width),
-            "lora_b": (*rows, "rank"),
-        }
-        return {name: sharding.partition_spec(names, cfg, mesh_shape) for name, names in axes.items()}
-
-
-def choose(logits: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
-    """The k experts with the highest logits, highest first; of equals, the lower number."""
-    return jax.lax.top_k(logits, k)[1]
-
-
-def weigh(logits: Float[Array, "t e"], choice: Int[Array, "t k"]) -> Float[Array, "t k"]:
-    """Softmax over the chosen experts only."""
-    chosen = jnp.take_along_axis(logits, choice, axis=-1)
-    return jax.nn.softmax(chosen.astype(jnp.float32), axis=-1).astype(logits.dtype)
-
-
-def experts(
-    x: Float[Array, "t h"],
-    choice: Int[Array, "t k"],
-    weights: Float[Array, "t k"],
-    gate_up: ExpertLinear,
-    down: ExpertLinear,
-    cfg: ModelConfig,
-) -> Float[Array, "t h"]:
-    """Sum of weight · expert(x) over the chosen experts. One meaning; the path is what the backend is good at."""
-    mesh_shape = sharding.mesh_shape()
-    if mesh_shape:
-        return _on_mesh(x, choice, weights, gate_up, down, cfg, mesh_shape)
-    stored = gate_up.stored(), down.stored()
-    return PATHS[_path(x, stored[0], cfg)](x, choice, weights, *stored, cfg).astype(x.dtype)
+def add_up(x, choice, weights, gate_up: dict[str, Array], down: dict[str, Array], cfg: ModelConfig):
+    """float32 [t, h]: the sum of weight · expert(x) over those of the chosen experts that are in these arrays."""
+    return PATHS[_path(x, gate_up, cfg)](x, choice, weights, gate_up, down, cfg)
 
 
 def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
@@ -107,43 +31,15 @@ def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
     return "scan" if jax.default_backend() == "cpu" else "ragged"
 
 
-def _on_mesh(x, choice, weights, gate_up: ExpertLinear, down: ExpertLinear, cfg: ModelConfig, mesh_shape: dict[str, int]):
-    """Each device computes its own experts, or its slice of their inner axis, for every token that is routed to them.
+def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
+    """(up + 1) · gate · sigmoid(alpha · gate), both clamped: the gate only from above (gpt_oss/torch/model.py).
 
-    Tokens are gathered over the mesh axes that cut experts, and their sums scattered back. Only where the experts are
-    cut by `fsdp` alone is it the weights that are gathered, a layer at a time, and tokens stay.
+    In bfloat16 the sigmoid's argument and result are rounded where torch rounds them.
     """
-    tokens = sharding.activation_spec("bh", x.shape, mesh_shape)
-    stored = gate_up.stored(), down.stored()
-    specs = tuple({name: map_.specs(cfg, mesh_shape)[name] for name in map_.stored()} for map_ in (gate_up, down))
-    of_experts, of_inner = (sharding.mesh_axes(specs[0]["bias"], axis) for axis in (0, -1))
-    gathered = () if "expert" in of_experts else tuple(a for a in (*of_experts, *of_inner) if a == "fsdp")
-    of_experts, of_inner = (tuple(a for a in axes if a not in gathered) for axes in (of_experts, of_inner))
-    travel = tuple(a for a in sharding.mesh_axes(tokens, 0) if a in of_experts + of_inner)
-    stay = tuple(a for a in of_experts + of_inner if a not in travel)
-
-    def whole(array: Array, spec: PartitionSpec) -> Array:
-        for axis in range(len(spec)):
-            if set(gathered) & set(sharding.mesh_axes(spec, axis)):
-                array = jax.lax.all_gather(array, gathered, axis=axis, tiled=True)
-        return array
-
-    def local(x, choice, weights, *stored):
-        gate_up, down = jax.tree.map(whole, stored, specs)
-        if travel:
-            x, choice, weights = (jax.lax.all_gather(a, travel, tiled=True) for a in (x, choice, weights))
-        if of_experts:
-            choice = choice - jax.lax.axis_index(of_experts) * down["bias"].shape[0]
-        if of_inner:  # the bias of the sum is one device's to add
-            down["bias"] = down["bias"] * (jax.lax.axis_index(of_inner) == 0).astype(down["bias"].dtype)
-        total = PATHS[_path(x, gate_up, cfg)](x, choice, weights, gate_up, down, cfg)
-        total = jax.lax.psum(total, stay) if stay else total
-        return (jax.lax.psum_scatter(total, travel, tiled=True) if travel else total).astype(x.dtype)
-
-    inputs = (tokens, tokens, tokens, *specs)
-    # check_vma: the paths start their sums from zeros, which it would have them mark as different on every device.
-    on_devices = jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)
-    return on_devices(x, choice, weights, *stored)
+    gate = jnp.minimum(gate, cfg.swiglu_limit)
+    up = jnp.clip(up, -cfg.swiglu_limit, cfg.swiglu_limit)
+    scaled = (gate.astype(jnp.float32) * cfg.swiglu_alpha).astype(gate.dtype)
+    return (up + 1) * (gate * jax.nn.sigmoid(scaled.astype(jnp.float32)).astype(gate.dtype))
 
 
 def _weight(stored: dict[str, Array], dtype) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oss_model import InputError, MLPBlock, moe
+from oss_model import InputError, MLPBlock, expert_paths
 from oss_model.lora import _add
 
 WRT = {
@@ -24,7 +24,7 @@ FEW, MANY = 2, 15  # tokens: with 4 experts each, fewer and more than the 9 expe
 @pytest.fixture(scope="module")
 def block(cfg) -> MLPBlock:
     """With LoRA parameters that do something."""
-    block = MLPBlock(dataclasses.replace(cfg, param_dtype="float32"), 0, rngs=nnx.Rngs(0))
+    block = MLPBlock(dataclasses.replace(cfg, param_dtype="float32"), rngs=nnx.Rngs(0))
     for module in (block.gate_up, block.down):
         _add(module, cfg, 3, 6, nnx.Rngs(1))
         module.lora_b.set_value(module.lora_b[...] + 0.02)
@@ -74,7 +74,7 @@ def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tok
     def noted(name, compute):
         return lambda *args: taken.append(name) or compute(*args)
 
-    monkeypatch.setattr(moe, "PATHS", {name: noted(name, compute) for name, compute in moe.PATHS.items()})
+    monkeypatch.setattr(expert_paths, "PATHS", {name: noted(name, compute) for name, compute in expert_paths.PATHS.items()})
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = stream(tokens)
     for call in (squares, nnx.jit(squares), nnx.grad(squares, argnums=nnx.DiffState(0, WRT["down.weight"]))):
@@ -85,8 +85,8 @@ def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tok
 def test_without_jit_the_experts_are_traced_once(block, monkeypatch):
     """Otherwise every eager call would compile the loop over experts anew."""
     traces = []
-    swiglu = moe.swiglu
-    monkeypatch.setattr(moe, "swiglu", lambda *args: traces.append(args) or swiglu(*args))
+    swiglu = expert_paths.swiglu
+    monkeypatch.setattr(expert_paths, "swiglu", lambda *args: traces.append(args) or swiglu(*args))
     for path in ("scan", "pairs", "ragged"):
         module, x = by(block, path), stream(13)
         module(x)
