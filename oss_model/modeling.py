@@ -8,6 +8,7 @@ b batch, l length, h hidden, n heads, k kv heads, d head_dim, e experts, i inter
 
 import dataclasses
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,18 @@ class Transformer(nnx.Module):
         if cfg.use_sharding:
             sharding.annotate(self, cfg)
 
+    @overload
+    def __call__(
+        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: None = None
+    ) -> Float[Array, "b l v"]: ...
+    @overload
+    def __call__(
+        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, *, cache: Cache
+    ) -> tuple[Float[Array, "b l v"], Cache]: ...
+    @overload
+    def __call__(
+        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None, cache: Cache
+    ) -> tuple[Float[Array, "b l v"], Cache]: ...
     def __call__(
         self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
     ) -> Float[Array, "b l v"] | tuple[Float[Array, "b l v"], Cache]:

@@ -1,8 +1,8 @@
 """What the two sides of a comparison must be able to do. NumPy at the border: neither side sees the other's framework.
 
-A model of one's own is compared by giving `parity.compare` an object that follows `Port`; `scripts/compare_own_model.py`
-is an example. Taps are those of `oss_model.taps`. Arrays are float32 or bfloat16 (`ml_dtypes`), [batch, length, ...];
-the router's are [batch * length, ...]. Reports call a side by its `str()`.
+A model of one's own is compared by giving `parity.compare` an object that follows `Port`; an example is in
+`scripts/examples/compare_own_model.py`. Taps are those of `oss_model.taps`. Arrays are float32 or bfloat16 (`ml_dtypes`),
+[batch, length, ...]; the router's are [batch * length, ...]. Reports call a side by its `str()`.
 
 Not every port can decode, differentiate, or say what memory it takes: it says what it can in `PortCan` and `LayerCan`. An
 arm that a side has no part in is reported as incomplete, by name.

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,7 @@ mount -t tmpfs tmpfs "$DST"
 mkdir "$DST/lost+found"
 exec "$PYTHON" - <<'END'
 import os, sys
+from collections.abc import Iterator
 from pathlib import Path
 from converter.cli import main, verify_main
 source, out = os.environ["SRC"], os.environ["DST"]
@@ -187,7 +189,7 @@ def test_a_real_mount_point(small, tmp_path, bound):
 
 
 @pytest.fixture
-def mounted(tmp_path, monkeypatch) -> Path:
+def mounted(tmp_path, monkeypatch) -> Iterator[Path]:
     """A directory that behaves like a mount point: nothing can be renamed into it, out of it, or to or from its name."""
     out = tmp_path / "out"
     out.mkdir()

@@ -1,4 +1,4 @@
-"""scripts/finetune.py, as people run it: it learns, it goes on after a kill, and only what was trained is different."""
+"""The example finetune.py, as people run it: it learns, it goes on after a kill, and only what was trained is different."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from flax import nnx
 
 from oss_model import InputError, ModelConfig, add_lora, create_model_from_checkpoint, layouts
 
-SCRIPT = Path(__file__).parent.parent / "scripts/finetune.py"
+SCRIPT = Path(__file__).parent.parent / "scripts/examples/finetune.py"
 SPEC = importlib.util.spec_from_file_location("finetune", SCRIPT)
 SCRIPT_MODULE = importlib.util.module_from_spec(SPEC)  # type: ignore[arg-type]
 sys.modules["finetune"] = SCRIPT_MODULE

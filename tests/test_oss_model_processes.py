@@ -12,7 +12,7 @@ from flax import nnx
 
 from oss_model import ModelConfig, create_model_from_checkpoint, layouts
 
-BENCH = Path(__file__).parent.parent / "scripts/bench_processes.py"
+BENCH = Path(__file__).parent.parent / "scripts/bench/processes.py"
 
 
 @pytest.fixture(scope="module")

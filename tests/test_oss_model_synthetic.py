@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -249,7 +250,8 @@ def test_transformers_loads_both_of_its_layouts(sources, sharded, tmp_path, monk
     states = {}
     for layout, directory in directories.items():
         packed = {"quantization_config": Mxfp4Config(dequantize=True)} if layout == "hf" else {}
-        model, said = GptOssForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True, **packed)
+        loaded: Any = GptOssForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True, **packed)
+        model, said = loaded
         assert {key: list(value) for key, value in said.items() if key.endswith("_keys")} == {
             "missing_keys": [],
             "unexpected_keys": [],

@@ -128,7 +128,9 @@ def rng():
 
 
 def test_casting_before_the_scale_is_nothing_in_float32_and_something_in_bfloat16(cfg):
-    norm, (owner, attribute, make) = layers.RMSNorm(cfg), INJECTIONS["norm-cast-first"].patch
+    norm, patch = layers.RMSNorm(cfg), INJECTIONS["norm-cast-first"].patch
+    assert patch is not None
+    owner, attribute, make = patch
     norm.scale.set_value(jnp.asarray(rng().normal(size=cfg.hidden_size), norm.scale[...].dtype))
     cast_first = make(getattr(owner, attribute))
     x = jnp.asarray(rng().normal(size=(1, 6, cfg.hidden_size)), jnp.float32)
@@ -147,7 +149,9 @@ def test_a_softmax_over_all_renormalised_is_one_over_the_chosen():
 
 @pytest.mark.parametrize("name", ["sinks-softmax-rescaled", "mask-finite"])
 def test_other_forms_of_the_sink_and_the_mask(cfg, name):
-    owner, attribute, make = INJECTIONS[name].patch
+    patch = INJECTIONS[name].patch
+    assert patch is not None
+    owner, attribute, make = patch
     other = make(getattr(owner, attribute))
     shape = (2, 30, cfg.num_attention_heads, cfg.head_dim)
     q = jnp.asarray(rng().normal(size=shape) * 3, jnp.float32)

@@ -32,7 +32,7 @@ SMALL = ["--batch", "8", "--length", "8", "--steps", "1", "--remat", "none"]
 
 
 def finetune(*args: str) -> int:
-    spec = importlib.util.spec_from_file_location("finetune_of_readme", ROOT / "scripts/finetune.py")
+    spec = importlib.util.spec_from_file_location("finetune_of_readme", ROOT / "scripts/examples/finetune.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -43,7 +43,7 @@ def run(line: str) -> int:
     """A line for the shell, in this process: importing everything anew for each takes most of the time."""
     command, *args = shlex.split(line, comments=True)
     if command == "python":
-        assert args.pop(0) == "scripts/finetune.py"
+        assert args.pop(0) == "scripts/examples/finetune.py"
         return finetune(*args)
     [entry] = entry_points(group="console_scripts", name=command)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def run(line: str) -> int:
         try:
             return entry.load()()
         except SystemExit as ended:
-            return ended.code
+            return int(ended.code or 0)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_help_says_exit_codes():
 def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monkeypatch, sources, checkpoints):
     from parity import compare
 
-    spec = importlib.util.spec_from_file_location("compare_own_model", ROOT / "scripts" / "compare_own_model.py")
+    spec = importlib.util.spec_from_file_location("compare_own_model", ROOT / "scripts/examples/compare_own_model.py")
     own = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(own)
     with jax.numpy_rank_promotion("allow"):

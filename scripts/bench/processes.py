@@ -1,6 +1,6 @@
 """Several processes restore one checkpoint onto one mesh: what does each read, against its share?
 
-    python scripts/bench_processes.py CHECKPOINT --processes 1 2 4 --axis fsdp [--step OUT]
+    python scripts/bench/processes.py CHECKPOINT --processes 1 2 4 --axis fsdp [--step OUT]
 
 Each process has one CPU device and knows the others by jax.distributed, as hosts of a cluster would. Bytes read are those
 of the process's read calls (/proc/self/io); its share is the bytes of the shards it ends up with. With --step they

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """check-parity against one bare forward pass of transformers on the same tokens, each in a process of its own.
 
-    .venv/bin/python scripts/bench_parity.py gpt-oss-20b gpt-oss-20b-orbax [--tokens 320] [--dtype bfloat16] [--no-peer]
+    .venv/bin/python scripts/bench/parity.py gpt-oss-20b gpt-oss-20b-orbax [--tokens 320] [--dtype bfloat16] [--no-peer]
 
 The peer loads the whole model in float32 and runs it once: it must fit in memory (2 layers of 20b take 12 GB, all of it
 86 GB). Prints seconds, peak memory and the ratio of the two in this run.
@@ -33,7 +33,7 @@ print(json.dumps({"load": loaded - start, "forward": end - loaded, "peak_rss_byt
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tokens", type=int, default=320)

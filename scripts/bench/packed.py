@@ -1,6 +1,6 @@
 """How much memory does a model with packed experts take, and how soon are there logits?
 
-    python scripts/bench_packed.py CHECKPOINT      # made with convert-oss --dtype mxfp4
+    python scripts/bench/packed.py CHECKPOINT      # made with convert-oss --dtype mxfp4
 
 A raw read of the checkpoint's files for comparison, then one process: restore, the first forward pass of 16 tokens, op by
 op, each expert on its own tokens (`expert_path="loop"`), and the second.
@@ -11,7 +11,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from bench_restore import raw
+from restore import raw
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Judge a gpt-oss of your own, in any framework, by the same harness.
 
-    python scripts/compare_own_model.py SRC CHECKPOINT
+    python scripts/examples/compare_own_model.py SRC CHECKPOINT
 
 `OwnModel` stands for your port: plain functions on dictionaries of arrays, none of `oss_model`'s layers. What the harness
 asks of it is in `parity/protocols.py`: sizes, the embedding, each layer's taps, the logits, and the RoPE tables. Wherever a
@@ -32,9 +32,10 @@ class OwnLayer:
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         taps: Arrays = {}
 
-        def seen(name: str, value: jax.Array) -> jax.Array:
+        def seen(name: str, value: jax.typing.ArrayLike) -> jax.Array:
+            value = jnp.asarray(value)
             taps[name] = np.asarray(value)
-            return value if not forced or name not in forced else jnp.asarray(forced[name]).reshape(value.shape)
+            return jnp.asarray(value if not forced or name not in forced else forced[name]).reshape(value.shape)
 
         p, cfg, length = self.p, self.cfg, x.shape[1]
         h = seen("attn_norm", norm(jnp.asarray(x), p["attn"]["norm"]["scale"], cfg))
@@ -53,14 +54,14 @@ class OwnLayer:
         weights = jax.nn.softmax(jnp.concatenate([jnp.where(visible, logits, -jnp.inf), sinks], axis=-1), axis=-1)[..., :-1]
         core = seen("attn_core", jnp.einsum("bnlm,bmnd->blnd", weights, jnp.repeat(v, group, axis=2)))
         out = jnp.einsum("blnd,hnd->blh", core, w(p["attn"]["o_proj"])) + b(p["attn"]["o_proj"])
-        x = jnp.asarray(x) + seen("attn_out", out)
+        after = jnp.asarray(x) + seen("attn_out", out)
 
-        h = seen("mlp_norm", norm(x, p["mlp"]["norm"]["scale"], cfg)).reshape(-1, x.shape[-1])
+        h = seen("mlp_norm", norm(after, p["mlp"]["norm"]["scale"], cfg)).reshape(-1, x.shape[-1])
         logits = seen("router_logits", h @ w(p["mlp"]["router"]).T + b(p["mlp"]["router"]))
         choice = seen("expert_choice", jax.lax.top_k(logits, cfg.num_experts_per_tok)[1])
         weights = seen("expert_weights", jax.nn.softmax(jnp.take_along_axis(logits, choice, -1), axis=-1))
         out = self.experts(np.asarray(h), np.asarray(choice), np.asarray(weights)).reshape(x.shape)
-        seen("layer_out", x + seen("mlp_out", jnp.asarray(out)))
+        seen("layer_out", after + seen("mlp_out", jnp.asarray(out)))
         return taps
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How fast is convert-oss, against raw input and output and against other ways to the same result?
 
-    python scripts/bench_convert.py WORK --layers 2 6
-    python scripts/bench_convert.py WORK --layers 2 --peers --repeats 1
+    python scripts/bench/convert.py WORK --layers 2 6
+    python scripts/bench/convert.py WORK --layers 2 --peers --repeats 1
 
 Makes its input in WORK: the widths of gpt-oss-20b, any number of layers. Every measurement is a process of its own;
 the clock starts after its imports. All ways take turns, the first large write is thrown away (a fresh disk is slower),
@@ -84,7 +84,8 @@ def standard_checkpointer(source: Path, out: Path, nbytes: int) -> None:
 def transformers(source: Path, out: Path, nbytes: int) -> None:
     """transformers: load dequantized, save_pretrained."""
     import torch
-    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
     config = Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)

@@ -236,7 +236,7 @@ def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, len
     with resumable():
         base = src if source is None else run / "base"
         if not is_orbax(base):
-            convert(src, base, dtype="mxfp4" if source.layout.packed else "bfloat16")
+            convert(src, base, dtype="mxfp4" if source is not None and source.layout.packed else "bfloat16")
         model = create_model_from_checkpoint(base, cfg, devices)
         if lora:
             names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
@@ -253,7 +253,7 @@ def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, len
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save((run / "lora").absolute(), nnx.state(model, nnx.LoRAParam), force=True)
             click.echo(f"updates: {run / 'lora'}")
-            if model.cfg.param_dtype == "mxfp4" and any(name.endswith(("gate_up", "down")) for name in names):
+            if model.cfg.param_dtype == "mxfp4" and any(str(name).endswith(("gate_up", "down")) for name in names):
                 return  # packed experts cannot take theirs
             merge_lora(model)
         save(model, base, run / "model")

@@ -1,6 +1,6 @@
 """Kill conversions at random moments and take them up again: none may ever be wrong.
 
-    python scripts/kill_convert.py WORK --kills 200
+    python scripts/stress/kill_convert.py WORK --kills 200
 
 Converts a model of about 200 MB. Each round starts the conversion, kills it (SIGKILL) after a random time, damages
 at random what the disk need not have held yet, and goes on until a run ends by itself. Then every file must be the
@@ -30,8 +30,11 @@ def make_source(path: Path) -> None:
     from oss_model.config import ModelConfig
     from oss_model.synthetic import write_checkpoint
 
-    sizes = {"vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 768, "num_hidden_layers": 4, "num_experts": 8}
-    write_checkpoint(path, ModelConfig(num_attention_heads=16, num_key_value_heads=4, **sizes))
+    cfg = ModelConfig(
+        vocab_size=16384, hidden_size=1024, intermediate_size=768, num_hidden_layers=4, num_experts=8, num_attention_heads=16,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    write_checkpoint(path, cfg)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -66,7 +69,7 @@ def main() -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orbax.checkpoint", "converter.conversion", "oss_model.mxfp4"])
 
-    def run() -> multiprocessing.process.BaseProcess:
+    def run():
         process = context.Process(target=convert, args=(source, out))
         process.start()
         return process

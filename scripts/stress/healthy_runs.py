@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Right ports must not be alarmed about: check-parity over seeds, layouts, stored dtypes and ways to compute experts.
 
-    .venv/bin/python scripts/healthy_runs.py --runs 120
+    .venv/bin/python scripts/stress/healthy_runs.py --runs 120
 
 Every run has weights, a layout, a prompt and a path of its own; half have the precision arm. Prints the largest of each
 number that is judged, over its bound, and how many runs did not pass; exits 1 if any did not.
@@ -12,6 +12,7 @@ import itertools
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -22,7 +23,13 @@ from parity import Report, compare, metrics
 from parity.candidate import Candidate
 
 LAYOUTS = (("hf", "bfloat16"), ("hf-bf16", "float32"), ("openai", "mxfp4"))
-PATHS = ({}, {"expert_path": "scan"}, {"expert_path": "pairs"}, {"expert_path": "ragged"}, {"compiled": True})
+PATHS: tuple[dict[str, Any], ...] = (
+    {},
+    {"expert_path": "scan"},
+    {"expert_path": "pairs"},
+    {"expert_path": "ragged"},
+    {"compiled": True},
+)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -40,7 +47,7 @@ def judged(report: Report) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=120)
     runs = parser.parse_args().runs
     transformers.logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """How long does plain Orbax take to restore a converted checkpoint, against reading its files?
 
-    python scripts/bench_restore.py CHECKPOINT --devices 1 8 --repeats 3
+    python scripts/bench/restore.py CHECKPOINT --devices 1 8 --repeats 3
 
 Each measurement is a process of its own, its clock started after the imports: a raw read of every file, and
 `StandardCheckpointer.restore` and `create_model_from_checkpoint` straight onto 1 and onto 8 devices (simulated on the
