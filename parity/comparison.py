@@ -163,7 +163,7 @@ class _Run:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
         self.diagnosis.configuration(self.port.can.settings or {})
-        fits = self.weights(Parameters("", list(self.oracle.first_parameters()), self.port.restore))
+        fits = self.weights(Parameters("", self.oracle.first_parameters, self.port.restore))
         if sizes != (count, self.oracle.sizes.vocab):
             self.report.lacks(_UNFIT)
             fits = False
@@ -172,7 +172,7 @@ class _Run:
             self.progress(n, count, f"layer {n}")
             streams = self.layer(n, streams)
         self.progress(count, count, "logits")
-        if not self.weights(Parameters("", list(self.oracle.last_parameters()), self.port.restore)):
+        if not self.weights(Parameters("", self.oracle.last_parameters, self.port.restore)):
             streams = None
         for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
             self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
@@ -191,7 +191,7 @@ class _Run:
     def weights(self, parameters: Parameters) -> bool:
         """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
         fits = True
-        for one in parameters.expected if self.port.stored else ():
+        for one in parameters.expected() if self.port.stored else ():
             name, shape = one.name, one.shape
             found = self.port.stored.get(name)
             if found is None:
@@ -230,7 +230,7 @@ class _Run:
         layer = self.port.layer(n) if n < self.port.sizes.layers else None
         expected = self.oracle.layer(n)
         reads: SupportsRestore = self.port if layer is None or layer.can.restore is None else layer.can.restore
-        parameters = Parameters(f"layers.{n}.", list(expected.parameters(self.packed)), reads.restore, expected)
+        parameters = Parameters(f"layers.{n}.", lambda: expected.parameters(self.packed), reads.restore, expected)
         fits = self.weights(parameters)
         return self.activations(n, parameters, layer, streams) if fits and streams is not None and layer is not None else None
 
@@ -304,8 +304,8 @@ class _Run:
 
     def explain(self, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray | None) -> None:
         if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:
-            parameters = [*self.oracle.first_parameters(), *self.oracle.last_parameters()]
-            self.diagnosis.tap(None, tap, Parameters("", parameters, self.port.restore), given, want, got.reshape(want.shape))
+            both = lambda: (*self.oracle.first_parameters(), *self.oracle.last_parameters())  # noqa: E731
+            self.diagnosis.tap(None, tap, Parameters("", both, self.port.restore), given, want, got.reshape(want.shape))
 
     def semantics(
         self, n: int, parameters: Parameters, expected: OracleLayer, layer: PortLayer, x: np.ndarray, taps: Arrays

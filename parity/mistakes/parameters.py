@@ -13,7 +13,8 @@ class Parameters:
     """
     Attributes:
       prefix: of their names: "layers.3.", or "" outside the layers.
-      expected: the reference's, in the order in which they are compared.
+      expected: gives the reference's, in the order in which they are compared; nothing is kept of them in between, for
+        what is read for one is gigabytes.
       restore: reads the port's.
       layer: the reference's; None outside the layers.
     """
@@ -21,7 +22,7 @@ class Parameters:
     def __init__(
         self,
         prefix: str,
-        expected: list[Expected],
+        expected: Callable[[], Iterable[Expected]],
         restore: Callable[[Iterable[str]], Arrays],
         layer: OracleLayer | None = None,
     ):
@@ -34,7 +35,7 @@ class Parameters:
 
     def by_name(self, packed: bool | None = None) -> dict[str, Expected]:
         """Without the layer; experts in the other form if asked."""
-        found = self.expected if packed is None or self.layer is None else self.layer.parameters(packed)
+        found = self.expected() if packed is None or self.layer is None else self.layer.parameters(packed)
         return {one.name.removeprefix(self.prefix): one for one in found}
 
     def right(self, exact: set[str]) -> "Right":

@@ -73,7 +73,8 @@ def launch(checkpoint: Path, axis: str, out: Path | None, count: int) -> list[di
         port = s.getsockname()[1]
     command = [sys.executable, __file__, str(checkpoint), "--axis", axis]
     command += ["--step", str(out / f"by-{count}")] if out else []
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # What a process would read of compiled programs is no part of its share.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     children = [
         subprocess.Popen([*command, "--one", f"{n},{count},{port}"], stdout=subprocess.PIPE, text=True, env=env)
         for n in range(count)
