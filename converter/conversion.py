@@ -19,12 +19,13 @@ from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
 from converter.progress import Counter, Progress
 from converter.source import companions, open_source
-from converter.store import MANIFEST, Store, load_orbax, sync, write_file
+from converter.store import MANIFEST, Store, load_orbax
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError, meaning, system_error
+from oss_model.files import sync, write_file
 from oss_model.memory import peak_rss
 from oss_model.shards import Checkpoint
 

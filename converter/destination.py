@@ -7,9 +7,10 @@ from pathlib import Path
 
 from converter.manifest import known_files, manifest_hash, read_finished
 from converter.places import can_be_renamed, exchange
-from converter.store import MANIFEST, METADATA, sync
+from converter.store import MANIFEST, METADATA
 from converter.workspace import Workspace
 from oss_model.errors import InputError, raise_all
+from oss_model.files import sync
 
 INSIDE = "convert-oss.partial"
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from oss_model.files import write_all
+
 SYNC_SECONDS = 1.0
 
 
@@ -33,10 +35,9 @@ class Journal:
     def add(self, chunk: str, hashes: Hashes) -> None:
         """Note that the file `chunk` is written. Any thread may call this."""
         line = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
-        left = b"\n" + json.dumps(line).encode() + b"\n"  # the first ends a line that was cut short
+        data = b"\n" + json.dumps(line).encode() + b"\n"  # the first ends a line that was cut short
         with self._lock:
-            while left:
-                left = left[os.write(self._fd, left) :]
+            write_all(self._fd, data)
         # The journal may lag behind after a power loss: chunks it does not name are written again.
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()

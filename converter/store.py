@@ -17,9 +17,9 @@ import numpy as np
 import xxhash
 
 from converter.plan import CHECKSUM_BYTES, Chunk, Target
+from oss_model.files import advise, file_size, sync, write_all, write_file
 
 MANIFEST = "conversion.json"
-WRITE_BYTES = 1 << 18  # a call; of 1 MiB and more, the kernel (Linux 6.18, ext4) took 3 times the CPU time a byte
 METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
 
 
@@ -60,8 +60,8 @@ class Store:
                 data = piece.reshape(-1).view(np.uint8)
                 crc = crc32c(crc, data)
                 digest.update(data.data)
-                _write(fd, data.data)
-            _write(fd, memoryview(crc.to_bytes(CHECKSUM_BYTES, "little")))
+                write_all(fd, data.data)
+            write_all(fd, crc.to_bytes(CHECKSUM_BYTES, "little"))
             # Starts the disk on these pages, without waiting for it: the fsync at the end then finds little to do.
             advise(fd, "DONTNEED")
         finally:
@@ -124,43 +124,3 @@ def crc32c(crc: int, data: np.ndarray) -> int:
     """Go on from `crc` with `data` (uint8, flat)."""
     # Declared for bytes, but any array is taken, without a copy; a memoryview is not.
     return google_crc32c.extend(crc, data)  # type: ignore[arg-type]
-
-
-def _write(fd: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(fd, view[:WRITE_BYTES]) :]
-
-
-def write_file(path: Path, data: bytes, durable: bool = False) -> None:
-    """Write a small file. `durable`: in one step, and wait for the disk."""
-    if not durable:
-        path.write_bytes(data)
-        return
-    aside = path.with_name(path.name + ".new")
-    aside.write_bytes(data)
-    sync(aside)
-    aside.replace(path)
-    sync(path.parent)
-
-
-def file_size(path: Path) -> int:
-    """-1 where there is no such file."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
-
-
-def advise(fd: int, advice: str) -> None:
-    """Tell the kernel what is to come of a file's pages; nothing where it takes no such hints (macOS)."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
-
-
-def sync(path: Path) -> None:
-    """fsync one file or directory."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

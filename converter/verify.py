@@ -10,8 +10,9 @@ import xxhash
 
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import CHECKSUM_BYTES, Chunk
-from converter.store import advise, crc32c
+from converter.store import crc32c
 from converter.threads import still_wanted
+from oss_model.files import advise, read_all
 
 AGAIN = "convert again"
 
@@ -108,9 +109,7 @@ def _words(data: np.ndarray) -> np.ndarray:
 def read(fd: int, out: np.ndarray, offset: int) -> None:
     """Fill `out` (uint8, flat) from `offset` on."""
     still_wanted()
-    view = out.data
-    while view:
-        count = os.preadv(fd, [view], offset)
-        if not count:
-            raise OSError(f"file ended at byte {offset} while it was read")
-        view, offset = view[count:], offset + count
+    try:
+        read_all(fd, out, offset)
+    except EOFError as e:
+        raise OSError(f"file {e} while it was read") from None

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from converter.journal import Hashes, Journal, read_journals
-from converter.store import sync, write_file
 from oss_model.errors import InputError, place_faults, raise_all
+from oss_model.files import sync, write_file
 
 MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
 LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
+from oss_model.files import read_all
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "U8": np.dtype(np.uint8)}
@@ -107,12 +108,10 @@ class Shards:
             fd = self._open.setdefault(file, mine)
             if fd != mine:  # another thread was faster
                 os.close(mine)
-        view = memoryview(out.data)
-        while view:
-            count = os.preadv(fd, [view[: 1 << 30]], offset)
-            if not count:
-                raise InputError(f"{file}: ended at byte {offset}, {len(view)} bytes early; it changed while it was read")
-            view, offset = view[count:], offset + count
+        try:
+            read_all(fd, out, offset)
+        except EOFError as e:
+            raise InputError(f"{file}: {e}; it changed while it was read") from None
 
     def close(self) -> None:
         while self._open:
