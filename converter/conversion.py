@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from converter.chunks import Reader
 from converter.destination import Destination
+from converter.ends import Sink, Source
 from converter.errors import Different, Incomplete
 from converter.finished import is_complete
 from converter.journal import Hashes, Journal
@@ -19,13 +19,12 @@ from converter.plan import Chunk, Plan, make_plan
 from converter.preflight import Needs, measure
 from converter.progress import Counter, Progress
 from converter.source import companions, open_source
-from converter.store import MANIFEST, Store, load_orbax
+from converter.store import Store, load_orbax
 from converter.threads import in_threads, interruptible, stop_here
-from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
+from converter.verify import a_line_a_tensor, check_buffer
 from converter.workspace import Workspace
 from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError, meaning, system_error
-from oss_model.files import sync, write_file
 from oss_model.memory import peak_rss
 from oss_model.shards import Checkpoint
 
@@ -129,7 +128,7 @@ class Run:
         stop: threading.Event,
     ):
         self.checkpoint, self.plan, self.workspace, self.stop = checkpoint, plan, workspace, stop
-        self.store = Store(workspace.checkpoint)
+        self.sink: Sink = Store(workspace.checkpoint)
         self.needs = Needs(0, 0, 0, 1)
         self.bytes_read = self.bytes_written = self.kept = 0
         self._progress = progress
@@ -185,7 +184,7 @@ class Run:
             if chunk.path in whole:
                 show.add(chunk)
         self._write(todo, show)
-        self.store.sync_directories(share)
+        self.sink.settle_names(share)
         return self.workspace.share_done()
 
     def finish(self, before: dict, verify: bool) -> None:
@@ -193,28 +192,23 @@ class Run:
         self._fill_gaps()
         if fingerprint(self.checkpoint, self.plan.dtype) != before:
             raise InputError(f"{self.checkpoint.directory}: changed while it was read; leave it alone and convert again")
-        directory, hashes = self.store.directory, self.workspace.journaled()
-        for target in self.plan.targets:
-            self.store.write_array(target)
-        for file in companions(self.checkpoint.directory):
-            shutil.copyfile(file, directory / file.name)
+        directory, hashes = self.workspace.checkpoint, self.workspace.journaled()
+        self.sink.describe(self.plan, companions(self.checkpoint.directory))
         if verify:
             self._verify(hashes)
-        self.store.write_metadata(self.plan.targets)
-        write_file(directory / MANIFEST, make_manifest(self.checkpoint, self.plan, hashes, directory))
-        self.store.sync_tree()
+        self.sink.complete(self.plan, lambda: make_manifest(self.checkpoint, self.plan, hashes, directory))
 
     def _fill_gaps(self) -> None:
         """Write what is missing of any share, although it was called done: a power loss, or a hand, may have taken it."""
         hashes = self.workspace.journaled()
-        gaps = [chunk for chunk in self.plan.chunks if chunk.path not in hashes or not self.store.is_whole(chunk)]
+        gaps = [chunk for chunk in self.plan.chunks if chunk.path not in hashes or not self.sink.is_whole(chunk)]
         self._write(gaps, Counter("converting", gaps, self._progress))
 
     def _write(self, chunks: list[Chunk], show: Counter) -> None:
         with contextlib.closing(self.workspace.journal()) as journal:
             for chunk, nbytes in in_threads(lambda: self._writer(journal), chunks, self.needs.workers, self.stop):
                 # Here, while the threads go on: the disk has been at work on these pages since they were written.
-                sync(self.store.directory / chunk.path)
+                self.sink.settle(chunk)
                 self.bytes_read += nbytes
                 self.bytes_written += chunk.nbytes
                 show.add(chunk)
@@ -222,11 +216,11 @@ class Run:
         stop_here(self.stop)
 
     def _writer(self, journal: Journal) -> Callable[[Chunk], tuple[Chunk, int]]:
-        reader = Reader(self.checkpoint)
+        reader: Source = Reader(self.checkpoint)
 
         def write(chunk: Chunk) -> tuple[Chunk, int]:
             before, pieces = reader.bytes_read, reader.pieces(chunk)
-            stored = self.store.write_chunk(chunk, pieces)
+            stored = self.sink.write_chunk(chunk, pieces)
             journal.add(chunk.path, Hashes(stored, pieces.digests))
             return chunk, reader.bytes_read - before
 
@@ -240,10 +234,10 @@ class Run:
             buffer = check_buffer()
 
             def check(chunk: Chunk) -> tuple[Chunk, bool]:
-                digest, _ = check_chunk(self.store.directory, chunk, None, buffer)
+                digest, _ = self.sink.check(chunk, None, buffer)
                 whole = digest == journaled[chunk.path].stored
                 if whole:  # the run that wrote it may have been killed before its fsync
-                    sync(self.store.directory / chunk.path)
+                    self.sink.settle(chunk)
                 return chunk, whole
 
             return check
@@ -251,7 +245,7 @@ class Run:
         noted = [chunk for chunk in share if chunk.path in journaled]
         show = Counter("resuming", noted, self._progress)
         whole = set()
-        for chunk, is_whole in in_threads(checker, from_disk(self.store.directory, noted), self.needs.workers, self.stop):
+        for chunk, is_whole in in_threads(checker, self.sink.ahead(noted), self.needs.workers, self.stop):
             whole |= {chunk.path} if is_whole else set()
             show.add(chunk)
         stop_here(self.stop)
@@ -262,9 +256,11 @@ class Run:
             reader, buffer = Reader(self.checkpoint), check_buffer()
 
             def check(chunk: Chunk) -> tuple[Chunk, str | None]:
-                digest, line = check_chunk(self.store.directory, chunk, reader.pieces(chunk), buffer)
+                digest, line = self.sink.check(chunk, reader.pieces(chunk), buffer)
                 if line is None and digest != hashes[chunk.path].stored:
-                    line = f"{self.store.directory}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
+                    line = (
+                        f"{self.workspace.checkpoint}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
+                    )
                 return chunk, line
 
             return check
@@ -273,11 +269,11 @@ class Run:
         for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
             if line:
                 wrong.append((chunk, line))
-                (self.store.directory / chunk.path).unlink(missing_ok=True)  # so that whoever finishes next writes it
+                self.sink.discard(chunk)
             show.add(chunk)
         stop_here(self.stop)
         if wrong:
-            raise Different(a_line_a_tensor(self.store.directory, wrong))
+            raise Different(a_line_a_tensor(self.workspace.checkpoint, wrong))
 
 
 def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:

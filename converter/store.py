@@ -8,16 +8,18 @@ between us and the file, and a file that is whole can be told from one that is n
 import json
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import xxhash
 
-from converter.plan import CHECKSUM_BYTES, Chunk, Target
-from oss_model.files import advise, file_size, sync, write_all, write_file
+from converter.chunks import Pieces
+from converter.plan import CHECKSUM_BYTES, Chunk, Plan, Target
+from converter.verify import check_chunk, from_disk
+from oss_model.files import advise, crc32c, file_size, sync, write_all, write_file
 
 MANIFEST = "conversion.json"
 METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -87,11 +89,36 @@ class Store:
         """Whether the chunk's file is there, in its full length."""
         return file_size(self.directory / chunk.path) == chunk.nbytes
 
-    def sync_directories(self, chunks: Iterable[Chunk]) -> None:
-        """Wait until the disk knows the files of `chunks` by name. What is in them is synced one by one."""
+    def settle(self, chunk: Chunk) -> None:
+        """Wait until the disk has what is in the chunk's file."""
+        sync(self.directory / chunk.path)
+
+    def settle_names(self, chunks: Iterable[Chunk]) -> None:
+        """Wait until the disk knows the files of `chunks` by name."""
         directories = {directory for chunk in chunks for directory in Path(chunk.path).parents}
         for directory in sorted(directories, key=lambda directory: -len(directory.parts)):
             sync(self.directory / directory)
+
+    def check(self, chunk: Chunk, pieces: Pieces | None, buffer: np.ndarray) -> tuple[bytes, str | None]:
+        return check_chunk(self.directory, chunk, pieces, buffer)
+
+    def ahead(self, chunks: list[Chunk]) -> Iterator[Chunk]:
+        return from_disk(self.directory, chunks)
+
+    def discard(self, chunk: Chunk) -> None:
+        (self.directory / chunk.path).unlink(missing_ok=True)
+
+    def describe(self, plan: Plan, companions: Iterable[Path]) -> None:
+        """Each array's zarr.json, and files of the source that belong beside a model."""
+        for target in plan.targets:
+            self.write_array(target)
+        for file in companions:
+            shutil.copyfile(file, self.directory / file.name)
+
+    def complete(self, plan: Plan, manifest: Callable[[], bytes]) -> None:
+        self.write_metadata(plan.targets)
+        write_file(self.directory / MANIFEST, manifest())
+        self.sync_tree()
 
     def sync_tree(self) -> None:
         """Wait until all directories, and all files but the chunks, are on the disk. Chunks are synced one by one."""
@@ -118,9 +145,3 @@ def _save_with_orbax(path: Path, tree: dict) -> None:
             checkpointer.save(path, tree)
     finally:
         logger.setLevel(level)
-
-
-def crc32c(crc: int, data: np.ndarray) -> int:
-    """Go on from `crc` with `data` (uint8, flat)."""
-    # Declared for bytes, but any array is taken, without a copy; a memoryview is not.
-    return google_crc32c.extend(crc, data)  # type: ignore[arg-type]

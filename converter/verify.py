@@ -10,9 +10,8 @@ import xxhash
 
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import CHECKSUM_BYTES, Chunk
-from converter.store import crc32c
 from converter.threads import still_wanted
-from oss_model.files import advise, read_all
+from oss_model.files import advise, crc32c, read_all
 
 AGAIN = "convert again"
 
