@@ -440,10 +440,10 @@ def test_text_about_what_is_no_gpt_oss():
     assert layouts.not_a_checkpoint("here", []).faults == [fault.format("none")]
 
 
-def assert_same_parameters(one: Path, other: Path, layout: Layout):
+def assert_same_parameters(first: Path, second: Path, layout: Layout):
     from oss_model.shards import Checkpoint
 
-    written, right = Checkpoint(one), Checkpoint(other)
+    written, right = Checkpoint(first), Checkpoint(second)
     with written.shards, right.shards:
         assert (written.layout, right.layout) == (layout, HF_BF16)
         assert written.cfg == right.cfg
