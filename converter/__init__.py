@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from oss_model.lazy import importing
+
 if TYPE_CHECKING:
     from converter.conversion import Result, convert
 
@@ -11,9 +13,4 @@ _HOME = {"Result": "conversion", "convert": "conversion"}
 __all__ = ["Result", "convert"]
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = importing(__name__, _HOME)
