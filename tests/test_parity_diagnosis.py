@@ -320,6 +320,11 @@ def test_a_trial_that_breaks_is_shown_and_does_not_end_the_run(monkeypatch, tmp_
     assert report.diagnosis["name"] == "window-one-long"
     assert report.errors == ["trying sinks-zeroed at attn_core: RuntimeError: no such thing"]
     assert f"error: {report.errors[0]}; this is a bug of check-parity, please report it" in report.table()
+    misnamed = fault.wrong._replace(values=lambda p: p, equation=lambda t, p, s: p["attn.sink"])
+    monkeypatch.setitem(faults.CATALOGUE, fault.name, fault._replace(wrong=misnamed))
+    report = compare(sources["hf"], Faulty(checkpoints["bfloat16"], "window-one-long", 0, {}))
+    assert report.diagnosis["name"] == "window-one-long"
+    assert report.errors == ["trying sinks-zeroed at attn_core: KeyError: 'layers.0.attn.sink'"]
     monkeypatch.setattr(edits, "_made", broken)
     corrupt_checkpoint("bias-dropped", checkpoints["bfloat16"], tmp_path / "zeroed", 1, checkpoints["mxfp4"])
     report = compare(sources["hf"], tmp_path / "zeroed")

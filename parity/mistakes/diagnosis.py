@@ -16,7 +16,7 @@ from parity import equations as eq
 from parity.judge import Judge
 from parity.mistakes import catalogue, edits
 from parity.mistakes.catalogue import Fault
-from parity.mistakes.parameters import Parameters
+from parity.mistakes.parameters import Parameters, UnknownValueError
 from parity.protocols import Arrays, Expected, Oracle, Port, Settings
 from parity.reports.report import Report, Weight
 
@@ -122,7 +122,7 @@ class Diagnosis:
         for fault in catalogue.at(tap, self.settings):
             try:
                 tried.append((fault.name, measure(want), measure(self._made(fault, tap, given, right, settings))))
-            except KeyError:
+            except UnknownValueError:
                 continue
             except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
                 self._failed(f"trying {fault.name} at {tap}", error)
@@ -197,9 +197,11 @@ class Diagnosis:
         """The third witness: which of the two left the equation. If it is PyTorch, that is all that can be said."""
         try:
             exact, rounded = (compute(tap, given, right, settings) for compute in (eq.tap, eq.noise))
-        except KeyError:  # a parameter that nobody knows
+        except UnknownValueError:
             return False
-
+        except Exception as error:  # a bug of ours, as below
+            self._failed(f"the equation of {tap}", error)
+            return False
         noise, reference, port = (self._apart(tap, exact, one, given) for one in (rounded, want, got))
         bound = metrics.WITNESS_TIMES * max(noise, metrics.WITNESS_FLOOR)
         left = [side for side, off in (("PyTorch", reference), ("the port", port)) if off > bound]

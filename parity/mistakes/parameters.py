@@ -42,6 +42,10 @@ class Parameters:
         return Right(self, exact)
 
 
+class UnknownValueError(LookupError):
+    """Nobody has the right values of this parameter: neither the reference, nor a port that has other ones."""
+
+
 class Right(Mapping[str, Any]):
     """Values as they should be, experts decoded: the reference's, or where it knows hashes alone, the port's that have them.
 
@@ -67,7 +71,7 @@ class Right(Mapping[str, Any]):
         packed = [full.removesuffix("weight") + kind for kind in ("blocks", "scales")]
         if self.exact.issuperset(packed):
             return Decoded(*self.parameters.restore(packed).values())
-        raise KeyError(full)
+        raise KeyError(full) if one is None else UnknownValueError(full)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.expected)
