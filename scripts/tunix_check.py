@@ -27,9 +27,6 @@ from oss_model.synthetic import write_checkpoint
 from oss_model.tunix import TunixTransformer
 
 jax.config.update("jax_num_cpu_devices", 4)
-# Steps that are dispatched before the last one ended share a pool of threads with its collectives: on a busy machine of few
-# cores they have waited for each other for good.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 PAD, EOS = 0, 1
 
 
