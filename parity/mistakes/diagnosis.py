@@ -118,10 +118,10 @@ class Diagnosis:
 
         if self._reference_left(n, tap, given, want, got, right, settings):
             return
-        tried = []
+        tried, before = [], measure(want)
         for fault in catalogue.at(tap, self.settings):
             try:
-                tried.append((fault.name, measure(want), measure(self._made(fault, tap, given, right, settings))))
+                tried.append((fault.name, before, measure(self._made(fault, tap, given, right, settings))))
             except UnknownValueError:
                 continue
             except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
