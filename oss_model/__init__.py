@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from oss_model.errors import InputError
     from oss_model.generation import eos_tokens, generate
     from oss_model.layers import RMSNorm, RotaryEmbedding
-    from oss_model.lora import add_lora, merge_lora
+    from oss_model.lora import add_lora, load_lora, merge_lora, save_lora
     from oss_model.modeling import AttentionBlock, MLPBlock, Transformer, TransformerBlock
     from oss_model.params import create_model_from_checkpoint
 
@@ -27,7 +27,9 @@ _HOME = {
     "RotaryEmbedding": "layers",
     "create_model_from_checkpoint": "params",
     "add_lora": "lora",
+    "load_lora": "lora",
     "merge_lora": "lora",
+    "save_lora": "lora",
     "eos_tokens": "generation",
     "generate": "generation",
 }
@@ -46,7 +48,9 @@ __all__ = [
     "eos_tokens",
     "generate",
     "init_cache",
+    "load_lora",
     "merge_lora",
+    "save_lora",
 ]
 
 

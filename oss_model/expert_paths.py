@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError
-from oss_model.layers import contract
+from oss_model.layers import contract, delta
 from oss_model.mxfp4 import dequantize
 
 
@@ -50,15 +50,14 @@ def _weight(stored: dict[str, Array], dtype) -> Array:
 
 
 def _linear(x: Float[Array, "t in"], stored: dict[str, Array]) -> Float[Array, "t *out"]:
-    """W·x + b of one expert, and B·(A·x) where it has LoRA parameters."""
+    """W·x + b of one expert, and its update where it has one."""
 
     def product(x, weight):
         return contract("ti,oi->to", x, weight.reshape(-1, weight.shape[-1])).reshape(-1, *weight.shape[:-1])
 
     out = product(x, _weight(stored, x.dtype)) + stored["bias"].astype(jnp.float32)[None]
     if "lora_a" in stored:
-        low = product(x, stored["lora_a"].astype(x.dtype)).astype(x.dtype)
-        out += product(low, stored["lora_b"].astype(x.dtype))
+        out += delta(x, stored, product, product)
     return out.astype(x.dtype)
 
 
@@ -174,8 +173,7 @@ def _ragged(x, choice, weights, gate_up, down, cfg: ModelConfig):
     def linear(rows, stored):
         out = product(rows, _weight(stored, x.dtype)) + stored["bias"].astype(jnp.float32)[expert_of]
         if "lora_a" in stored:
-            low = product(rows, stored["lora_a"].astype(x.dtype)).astype(x.dtype)
-            out += product(low, stored["lora_b"].astype(x.dtype))
+            out += delta(rows, stored, product, product)
         # A kernel may leave anything in the rows that belong to no expert; here, before NaN can reach a gradient.
         return jnp.where(mine.reshape(-1, *(1,) * (out.ndim - 1)), out, 0).astype(x.dtype)
 

@@ -15,7 +15,7 @@ from oss_model import sharding
 from oss_model.config import MXFP4_BLOCK, ModelConfig
 from oss_model.expert_parallel import add_up_on_mesh
 from oss_model.expert_paths import add_up
-from oss_model.layers import param_dtype
+from oss_model.layers import LowRank, param_dtype
 
 
 class Mxfp4(nnx.Variable):
@@ -26,17 +26,17 @@ class ExpertLinear(nnx.Module):
     """One linear map an expert.
 
     As values: weight [experts, *out, in]. With `param_dtype="mxfp4"`: blocks [experts, *out, in / 32, 16] and scales
-    [experts, *out, in / 32]. Always: bias [experts, *out]. `oss_model.lora` adds lora_a [experts, rank, in], lora_b
-    [experts, *out, rank] and lora_scale.
+    [experts, *out, in / 32]. Always: bias [experts, *out].
 
     Args:
       out: names of the output axes, in `ModelConfig.axes`.
       width: name of the input axis.
+
+    Attributes:
+      lora: an update an expert, where `oss_model.lora` has put one.
     """
 
-    lora_a: nnx.LoRAParam
-    lora_b: nnx.LoRAParam
-    lora_scale: float
+    lora: LowRank | None = None
 
     def __init__(self, out: tuple[str, ...], width: str, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.out, self.width = out, width
@@ -50,12 +50,12 @@ class ExpertLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[:-1], param_dtype(cfg)))
 
     def stored(self) -> dict[str, Array]:
-        """Those of the arrays above that there are; the first axis of each is the expert. lora_b is scaled."""
+        """Those of the arrays above that there are, and the update's; the first axis of each is the expert."""
         arrays = {name: variable[...] for name, variable in vars(self).items() if isinstance(variable, nnx.Variable)}
-        return arrays | ({"lora_b": arrays["lora_b"] * self.lora_scale} if "lora_b" in arrays else {})
+        return arrays if self.lora is None else arrays | self.lora.stored()
 
     def specs(self, cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, PartitionSpec]:
-        """How each of the arrays above is cut on a mesh of this shape."""
+        """How each array of `stored` is cut on a mesh of this shape."""
         rows = ("experts", *self.out)
         axes = {
             "weight": (*rows, self.width),

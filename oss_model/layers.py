@@ -5,8 +5,10 @@ g query heads per kv head, d head_dim, e experts, v vocab. Parameters keep their
 they are used; x decides the dtype computed in. Sums run in float32.
 """
 
+import functools
 import math
 import re
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +33,46 @@ def contract(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
+class LowRank(nnx.Module):
+    """An update of a linear map, alpha / rank · B·A (arXiv:2106.09685), in float32.
+
+    a [rank, *in] and b [*out, rank]; of experts [experts, rank, in] and [experts, *out, rank].
+    """
+
+    def __init__(self, a: Array, b: Array, alpha: float):
+        self.a, self.b, self.alpha = nnx.LoRAParam(a), nnx.LoRAParam(b), alpha
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[-1]
+
+    def stored(self) -> dict[str, Array]:
+        """A and alpha / rank · B, named as `delta` takes them."""
+        return {"lora_a": self.a[...], "lora_b": self.b[...] * (self.alpha / self.rank)}
+
+
+def delta(
+    x: Array, stored: Mapping[str, Array], down: Callable[[Array, Array], Array], up: Callable[[Array, Array], Array]
+) -> Array:
+    """What a low-rank update adds to W·x, in float32: up(down(x, A), B), A·x rounded to the dtype of x.
+
+    Args:
+      x: what the map is of.
+      stored: `LowRank.stored`, or one expert's part of it.
+      down, up: the products, of what comes first with a matrix.
+    """
+    low = down(x, stored["lora_a"].astype(x.dtype)).astype(x.dtype)
+    return up(low, stored["lora_b"].astype(x.dtype))
+
+
 class Linear(nnx.Module):
     """W·x + b along the axes that `spec` names; weights keep the checkpoint's [out, in] order.
 
-    `oss_model.lora` adds lora_a [rank, *in], lora_b [*out, rank] and lora_scale.
+    Attributes:
+      lora: what is added to W, where `oss_model.lora` has put one.
     """
 
-    lora_a: nnx.LoRAParam
-    lora_b: nnx.LoRAParam
-    lora_scale: float
+    lora: LowRank | None = None
 
     def __init__(self, spec: str, weight: tuple[int, ...], bias: tuple[int, ...] | None, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.spec = spec
@@ -52,10 +85,10 @@ class Linear(nnx.Module):
         y = contract(self.spec, x, self.weight[...].astype(x.dtype))
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)[None, None]
-        if hasattr(self, "lora_a"):
+        if self.lora is not None:
             outputs, inputs = self.matrix[: -self.inputs], self.matrix[-self.inputs :]
-            low = contract(f"{self.source},r{inputs}->blr", x, self.lora_a[...].astype(x.dtype)).astype(x.dtype)
-            y += contract(f"blr,{outputs}r->{self.result}", low, (self.lora_b[...] * self.lora_scale).astype(x.dtype))
+            products = (f"{self.source},r{inputs}->blr", f"blr,{outputs}r->{self.result}")
+            y += delta(x, self.lora.stored(), *(functools.partial(contract, spec) for spec in products))
         return constrain(self.result, y.astype(x.dtype))
 
 

@@ -1,27 +1,35 @@
 """LoRA (arXiv:2106.09685) on linear maps and on experts, over parameters stored as values or packed MXFP4.
 
-W·x becomes W·x + alpha / rank · B·(A·x). A and B are `nnx.LoRAParam`s beside the weight: lora_a [rank, *in] and lora_b
-[*out, rank], in float32; an expert has its own: [experts, rank, in] and [experts, *out, rank]. Libraries that find linear
+W·x becomes W·x + alpha / rank · B·(A·x). A and B are the `nnx.LoRAParam`s of a submodule `lora` of the map
+(`oss_model.layers.LowRank`), in float32; an expert has its own. Libraries that find linear
 maps by intercepting products miss those of the experts, which run inside loops and grouped products, and adapt the router
 alone; here a rule names modules, and one that would do that is refused.
 """
 
 import functools
+import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oss_model.config import ModelConfig
-from oss_model.errors import raise_all
+from oss_model.errors import InputError, raise_all
 from oss_model.experts import ExpertLinear
-from oss_model.layers import Linear, contract
+from oss_model.files import write_file
+from oss_model.layers import Linear, LowRank, contract
 from oss_model.layouts import parameter_name
 from oss_model.modeling import Transformer
+from oss_model.params import stored_parameters
+from oss_model.restoring import restoring
 
 Adaptable = Linear | ExpertLinear
 
@@ -91,15 +99,99 @@ def merge_lora(model: Transformer) -> list[str]:
         [f"{name}: expected weights, found packed MXFP4, which cannot take an update; merge in bfloat16" for name in packed]
     )
     for module in modules.values():
-        weight, a, b = module.weight[...], module.lora_a[...], module.lora_b[...]
+        assert module.lora is not None
+        weight, (a, b) = module.weight[...], module.lora.stored().values()
         if isinstance(module, ExpertLinear):
             update = jax.vmap(lambda b, a: contract("or,ri->oi", b.reshape(-1, b.shape[-1]), a))(b, a)
         else:
             update = contract("or,ri->oi", b.reshape(-1, b.shape[-1]), a.reshape(a.shape[0], -1))
         update = update.reshape(weight.shape)
-        module.weight.set_value((weight.astype(jnp.float32) + module.lora_scale * update).astype(weight.dtype))
-        del module.lora_a, module.lora_b, module.lora_scale
+        module.weight.set_value((weight.astype(jnp.float32) + update).astype(weight.dtype))
+        del module.lora
     return list(modules)
+
+
+def save_lora(model: Transformer, directory: str | os.PathLike, rules: str | Sequence[str] = ()) -> None:
+    """Write the updates alone, as plain Orbax does, with each one's rank and alpha beside them in lora.json.
+
+    Args:
+      directory: a new one, or one written before, which is replaced.
+      rules: those of `add_lora`, to be noted too.
+
+    Raises:
+      InputError: if the model has none.
+    """
+    modules = {name: module.lora for name, module in _adaptable(model) if module.lora is not None}
+    raise_all([] if modules else [f"{directory}: expected a model with LoRA parameters to save, found one without"])
+    updates = {name: {"rank": update.rank, "alpha": update.alpha} for name, update in modules.items()}
+    path = Path(directory).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, nnx.state(model, nnx.LoRAParam), force=True)
+    noted = {"rules": [rules] if isinstance(rules, str) else list(rules), "updates": updates}
+    write_file(path / NOTE, json.dumps(noted, indent=1).encode())
+
+
+def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
+    """Give the model the updates that `save_lora` wrote, in place, on the mesh that it is on.
+
+    Those that scripts/examples/finetune.py wrote before there was a lora.json are read too: its alpha was the rank.
+
+    Returns:
+      The names of the modules that have one now.
+
+    Raises:
+      InputError: if there are none, or they do not fit the model.
+    """
+    path = Path(directory).absolute()
+    found, modules = stored_parameters(path), dict(_adaptable(model))
+    noted, before = _noted(path), any(name.endswith(".lora_b") for name in found)
+    ends = (".lora_a", ".lora_b") if before else (".lora.a", ".lora.b")
+    ranks = {name.removesuffix(ends[1]): shape[-1] for name, (shape, _) in found.items() if name.endswith(ends[1])}
+    faults = [f"{path}: expected LoRA parameters, found none"] if not ranks else []
+    for name, rank in ranks.items():
+        if name not in modules:
+            faults.append(f"{path}: {name}: expected a linear map of the model, found none of this name")
+        elif modules[name].lora is not None:
+            faults.append(f"{name}: expected no LoRA parameters yet, found some")
+        elif name not in noted and not before:
+            faults.append(f"{path / NOTE}: expected the rank and alpha of {name}, found neither")
+        else:
+            shapes = [found.get(name + end, ((), None))[0] for end in ends]
+            if shapes != [(want := _shapes(modules[name], model.cfg, rank))[0], want[1]]:
+                faults.append(f"{path}: {name}: expected shapes {list(want)}, found {shapes}")
+    raise_all(faults)
+    for name, rank in ranks.items():
+        _add(modules[name], model.cfg, rank, rank if before else noted[name]["alpha"], nnx.Rngs(0))
+    state = nnx.state(model, nnx.LoRAParam)
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    like = named_before(like) if before else like
+    with restoring(path), ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(path, like)
+    nnx.update(model, named_now(restored) if before else restored)
+    return list(ranks)
+
+
+NOTE = "lora.json"
+
+
+def _noted(path: Path) -> dict[str, dict[str, Any]]:
+    """Module -> rank and alpha; empty without a note."""
+    try:
+        return dict(json.loads((path / NOTE).read_text(encoding="utf-8"))["updates"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path / NOTE}: expected the note of save_lora, found something unreadable ({e})") from None
+
+
+def named_before(state: nnx.State) -> nnx.State:
+    """LoRA parameters under the names of releases before 0.1.0: q_proj.lora_a for q_proj.lora.a."""
+    return nnx.from_flat_state([((*path[:-2], f"lora_{path[-1]}"), value) for path, value in nnx.to_flat_state(state)])
+
+
+def named_now(state: nnx.State) -> nnx.State:
+    """The way back."""
+    return nnx.from_flat_state([((*path[:-1], *str(path[-1]).split("_")), value) for path, value in nnx.to_flat_state(state)])
 
 
 def _bad_patterns(rules: Sequence[str]) -> list[str]:
@@ -119,25 +211,29 @@ def _adaptable(model: Transformer) -> Iterator[tuple[str, Adaptable]]:
 
 
 def _adapted(module: Adaptable) -> bool:
-    return hasattr(module, "lora_a")
+    return module.lora is not None
+
+
+def _shapes(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of A and B."""
+    if isinstance(module, ExpertLinear):
+        experts, *out = module.bias.shape
+        return (experts, rank, cfg.axes[module.width]), (experts, *out, rank)
+    out, inputs = module.weight.shape[: -module.inputs], module.weight.shape[-module.inputs :]
+    return (rank, *inputs), (*out, rank)
 
 
 def _add(module: Adaptable, cfg: ModelConfig, rank: int, alpha: float | int, rngs: nnx.Rngs) -> None:
     """A from a normal distribution of variance 1 / in, B zero (§4.1), on the mesh that the module is on."""
-    if isinstance(module, ExpertLinear):
-        placed = module.bias[...].sharding
-        (experts, *out), inputs = module.bias.shape, (cfg.axes[module.width],)
-        a_shape, b_shape = (experts, rank, *inputs), (experts, *out, rank)
-    else:
-        placed = module.weight[...].sharding
-        out, inputs = module.weight.shape[: -module.inputs], module.weight.shape[-module.inputs :]
-        a_shape, b_shape = (rank, *inputs), (*out, rank)
+    expert = isinstance(module, ExpertLinear)
+    placed, shapes = (module.bias if expert else module.weight)[...].sharding, _shapes(module, cfg, rank)
+    inputs = math.prod(shapes[0]) // rank // (shapes[0][0] if expert else 1)
     where = None
     if isinstance(placed, NamedSharding):
         specs = module.specs(cfg, placed.mesh.shape) if isinstance(module, ExpertLinear) else {}
         where = tuple(NamedSharding(placed.mesh, specs.get(name, PartitionSpec())) for name in ("lora_a", "lora_b"))
-    a, b = _initializer(a_shape, b_shape, math.prod(inputs) ** -0.5, where)(rngs.params())
-    module.lora_a, module.lora_b, module.lora_scale = nnx.LoRAParam(a), nnx.LoRAParam(b), alpha / rank
+    a, b = _initializer(*shapes, inputs**-0.5, where)(rngs.params())
+    module.lora = LowRank(a, b, float(alpha))
 
 
 @functools.cache  # a module of the same shape in the next layer needs no compilation of its own

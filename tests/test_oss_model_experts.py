@@ -27,7 +27,7 @@ def block(cfg) -> MLPBlock:
     block = MLPBlock(dataclasses.replace(cfg, param_dtype="float32"), rngs=nnx.Rngs(0))
     for module in (block.gate_up, block.down):
         _add(module, cfg, 3, 6, nnx.Rngs(1))
-        module.lora_b.set_value(module.lora_b[...] + 0.02)
+        module.lora.b.set_value(module.lora.b[...] + 0.02)
     return block
 
 

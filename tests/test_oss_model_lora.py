@@ -1,17 +1,19 @@
 """LoRA: the rules name what is adapted, the update is W + alpha/rank · B·A, and nothing else moves."""
 
 import dataclasses
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from oss_model import InputError, create_model_from_checkpoint, layouts
 from oss_model.layouts import parameter_name
-from oss_model.lora import add_lora, merge_lora
+from oss_model.lora import NOTE, add_lora, load_lora, merge_lora, named_before, save_lora
 
 ATTENTION, EXPERTS = r".*(q|k|v|o)_proj", r".*mlp\.(gate_up|down)"
 
@@ -42,18 +44,18 @@ def test_parameters_start_as_an_update_of_zero(checkpoints, cfg, tokens):
     np.testing.assert_array_equal(model(tokens), before)
     shapes = {name: a.shape for name, a in values(model, nnx.LoRAParam).items() if name.startswith("layers.1.")}
     assert shapes == {
-        "layers.1.attn.q_proj.lora_a": (3, 96),
-        "layers.1.attn.q_proj.lora_b": (14, 24, 3),
-        "layers.1.attn.k_proj.lora_a": (3, 96),
-        "layers.1.attn.k_proj.lora_b": (7, 24, 3),
-        "layers.1.attn.v_proj.lora_a": (3, 96),
-        "layers.1.attn.v_proj.lora_b": (7, 24, 3),
-        "layers.1.attn.o_proj.lora_a": (3, 14, 24),
-        "layers.1.attn.o_proj.lora_b": (96, 3),
-        "layers.1.mlp.gate_up.lora_a": (9, 3, 96),
-        "layers.1.mlp.gate_up.lora_b": (9, 2, 160, 3),
-        "layers.1.mlp.down.lora_a": (9, 3, 160),
-        "layers.1.mlp.down.lora_b": (9, 96, 3),
+        "layers.1.attn.q_proj.lora.a": (3, 96),
+        "layers.1.attn.q_proj.lora.b": (14, 24, 3),
+        "layers.1.attn.k_proj.lora.a": (3, 96),
+        "layers.1.attn.k_proj.lora.b": (7, 24, 3),
+        "layers.1.attn.v_proj.lora.a": (3, 96),
+        "layers.1.attn.v_proj.lora.b": (7, 24, 3),
+        "layers.1.attn.o_proj.lora.a": (3, 14, 24),
+        "layers.1.attn.o_proj.lora.b": (96, 3),
+        "layers.1.mlp.gate_up.lora.a": (9, 3, 96),
+        "layers.1.mlp.gate_up.lora.b": (9, 2, 160, 3),
+        "layers.1.mlp.down.lora.a": (9, 3, 160),
+        "layers.1.mlp.down.lora.b": (9, 96, 3),
     }
     assert all(a.dtype == np.float32 for a in values(model, nnx.LoRAParam).values())
 
@@ -76,8 +78,8 @@ def test_every_path_adds_the_update(path, checkpoints, cfg, tokens):
 def test_a_merge_is_what_the_paper_says(checkpoints, cfg):
     model = adapted(checkpoints, cfg, "float32")
     q, down = model.layers[1].attn.q_proj, model.layers[1].mlp.down
-    expected_q = q.weight[...] + 2 * jnp.einsum("ndr,rh->ndh", q.lora_b[...], q.lora_a[...])
-    expected_down = down.weight[...] + 2 * jnp.stack([down.lora_b[e] @ down.lora_a[e] for e in range(9)])
+    expected_q = q.weight[...] + 2 * jnp.einsum("ndr,rh->ndh", q.lora.b[...], q.lora.a[...])
+    expected_down = down.weight[...] + 2 * jnp.stack([down.lora.b[e] @ down.lora.a[e] for e in range(9)])
     merge_lora(model)
     np.testing.assert_allclose(q.weight[...], expected_q, atol=1e-6)
     np.testing.assert_allclose(down.weight[...], expected_down, atol=1e-6)
@@ -118,7 +120,7 @@ def test_lora_trains_on_packed_experts_and_nothing_else_moves(checkpoints, cfg, 
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.2
     changed = {name for name, value in values(model).items() if not np.array_equal(value, before[name])}
-    assert changed == {name for name in before if "lora_" in name}
+    assert changed == {name for name in before if ".lora." in name}
 
 
 @pytest.mark.parametrize(
@@ -161,3 +163,52 @@ def test_packed_experts_do_not_take_an_update(checkpoints, cfg):
     merge = adapted(checkpoints, cfg, "bfloat16", EXPERTS)
     nnx.update(merge, nnx.state(model, nnx.LoRAParam))  # the same parameters fit a model of values
     assert len(merge_lora(merge)) == 2 * cfg.num_hidden_layers
+
+
+# --- saved and loaded -------------------------------------------------------------------------------------------
+
+
+def test_saved_updates_are_loaded_with_their_ranks_and_alphas(checkpoints, cfg, tokens, tmp_path):
+    model = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    add_lora(model, ATTENTION, rank=3, alpha=6, rngs=nnx.Rngs(1))
+    add_lora(model, EXPERTS, rank=2, rngs=nnx.Rngs(2))
+    state = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda a: a + 0.02, state))
+    save_lora(model, tmp_path / "lora", [ATTENTION, EXPERTS])
+    noted = json.loads((tmp_path / "lora" / NOTE).read_text())
+    assert noted["rules"] == [ATTENTION, EXPERTS]
+    assert noted["updates"]["layers.0.attn.q_proj"] == {"rank": 3, "alpha": 6.0}
+    assert noted["updates"]["layers.1.mlp.down"] == {"rank": 2, "alpha": 2.0}
+
+    again = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    assert sorted(load_lora(again, tmp_path / "lora")) == sorted(noted["updates"])
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+    with pytest.raises(InputError, match="expected no LoRA parameters yet"):
+        load_lora(again, tmp_path / "lora")
+
+
+def test_updates_saved_under_the_names_of_before_are_loaded(checkpoints, cfg, tokens, tmp_path):
+    model = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    add_lora(model, [ATTENTION, EXPERTS], rank=3, rngs=nnx.Rngs(1))
+    nnx.update(model, jax.tree.map(lambda a: a + 0.02, nnx.state(model, nnx.LoRAParam)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "lora", named_before(nnx.state(model, nnx.LoRAParam)))
+    again = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    assert len(load_lora(again, tmp_path / "lora")) == 6 * cfg.num_hidden_layers
+    np.testing.assert_array_equal(again(tokens), model(tokens))
+
+
+def test_updates_of_another_model_are_refused(checkpoints, cfg, even_checkpoints, even_cfg, tmp_path):
+    model = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    with pytest.raises(InputError, match=r"expected a model with LoRA parameters to save, found one without"):
+        save_lora(model, tmp_path / "none")
+    add_lora(model, ".*q_proj", rank=2, rngs=nnx.Rngs(0))
+    save_lora(model, tmp_path / "lora")
+    other = create_model_from_checkpoint(even_checkpoints["mxfp4"], even_cfg)
+    with pytest.raises(InputError, match=r"layers.0.attn.q_proj: expected shapes .*, found \[\(2, 96\), \(14, 24, 2\)\]"):
+        load_lora(other, tmp_path / "lora")
+    (tmp_path / "lora" / NOTE).unlink()
+    with pytest.raises(InputError, match=r"expected the rank and alpha of layers\.0\.attn\.q_proj"):
+        load_lora(create_model_from_checkpoint(checkpoints["mxfp4"], cfg), tmp_path / "lora")
+    with pytest.raises(InputError, match="expected LoRA parameters, found none"):
+        load_lora(other, checkpoints["mxfp4"])

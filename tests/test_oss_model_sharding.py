@@ -258,6 +258,6 @@ def test_lora_over_packed_experts_on_a_mesh(even_cfg, even_checkpoints):
     expected = nnx.jit(grad)(model, tokens)
     mesh = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2})
     grad, model = gradients(mesh)
-    assert model.layers[0].mlp.gate_up.lora_b.get_value().sharding.spec == P(("expert", "fsdp"), None, "tensor", None)
+    assert model.layers[0].mlp.gate_up.lora.b.get_value().sharding.spec == P(("expert", "fsdp"), None, "tensor", None)
     with jax.set_mesh(mesh):
         assert_equal_to_noise(nnx.jit(grad)(model, tokens), expected)

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import jax
@@ -35,11 +36,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from converter import convert
-from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora
+from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora, save_lora
 from oss_model.errors import place_faults, raise_all
 from oss_model.exits import run_click
 from oss_model.layouts import parameter_name
-from oss_model.lora import select
+from oss_model.lora import named_before, named_now, select
 from oss_model.params import is_orbax
 from oss_model.sharding import check
 from oss_model.shards import Checkpoint
@@ -134,6 +135,21 @@ def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
+def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:
+    """The state of a step, placed as `now` is; of runs begun when LoRA parameters had other names, too."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, now)
+    tree = ocp.PyTreeCheckpointHandler().metadata((directory / "default").absolute()).tree  # type: ignore[arg-type]
+    before = any("lora_a" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+    def renamed(rename, tree):
+        states = lambda node: isinstance(node, nnx.State)  # noqa: E731
+        return jax.tree.map(lambda node: rename(node) if states(node) else node, tree, is_leaf=states)
+
+    if not before:
+        return manager.restore(step, args=ocp.args.StandardRestore(like))
+    return renamed(named_now, manager.restore(step, args=ocp.args.StandardRestore(renamed(named_before, like))))
+
+
 def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: jax.sharding.Mesh, state: Path, every: int):
     """The model after `steps` steps of Adam on `batches(step)`; its state is kept in `state`, and taken up from there."""
     schedule = optax.linear_schedule(rate / 10, rate, transition_steps=10)
@@ -157,8 +173,7 @@ def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: j
         if done > steps:
             raise InputError(f"--steps: expected {done} or more, which {state.parent} has done already, found {steps}")
         if done:
-            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": params, "moments": moments})
-            restored = manager.restore(done, args=ocp.args.StandardRestore(like))
+            restored = restore_step(manager, state / str(done), done, {"params": params, "moments": moments})
             params, moments = restored["params"], restored["moments"]
             click.echo(f"resumed after step {done}")
         start = time.perf_counter()
@@ -250,8 +265,7 @@ def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, len
 
         model = train(model, trained, batches, steps, learning_rate, devices, run / "steps", save_every)
         if lora:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((run / "lora").absolute(), nnx.state(model, nnx.LoRAParam), force=True)
+            save_lora(model, run / "lora", lora)
             click.echo(f"updates: {run / 'lora'}")
             if model.cfg.param_dtype == "mxfp4" and any(str(name).endswith(("gate_up", "down")) for name in names):
                 return  # packed experts cannot take theirs
