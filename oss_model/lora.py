@@ -157,7 +157,7 @@ def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
             faults.append(f"{path / NOTE}: expected the rank and alpha of {name}, found neither")
         else:
             shapes = [found.get(name + end, ((), None))[0] for end in ends]
-            if shapes != [(want := _shapes(modules[name], model.cfg, rank))[0], want[1]]:
+            if shapes != [(want := shapes_of(modules[name], model.cfg, rank))[0], want[1]]:
                 faults.append(f"{path}: {name}: expected shapes {list(want)}, found {shapes}")
     raise_all(faults)
     for name, rank in ranks.items():
@@ -214,7 +214,7 @@ def _adapted(module: Adaptable) -> bool:
     return module.lora is not None
 
 
-def _shapes(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes_of(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of A and B."""
     if isinstance(module, ExpertLinear):
         experts, *out = module.bias.shape
@@ -226,7 +226,7 @@ def _shapes(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int, 
 def _add(module: Adaptable, cfg: ModelConfig, rank: int, alpha: float | int, rngs: nnx.Rngs) -> None:
     """A from a normal distribution of variance 1 / in, B zero (§4.1), on the mesh that the module is on."""
     expert = isinstance(module, ExpertLinear)
-    placed, shapes = (module.bias if expert else module.weight)[...].sharding, _shapes(module, cfg, rank)
+    placed, shapes = (module.bias if expert else module.weight)[...].sharding, shapes_of(module, cfg, rank)
     inputs = math.prod(shapes[0]) // rank // (shapes[0][0] if expert else 1)
     where = None
     if isinstance(placed, NamedSharding):

@@ -33,8 +33,9 @@ from oss_model import (
 from oss_model.layouts import parameter_name
 from oss_model.params import abstract_model, as_stored, stored_parameters
 from oss_model.restoring import restoring
+from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import configs, gradients, memory
+from parity import configs, forms, gradients, memory
 from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
@@ -52,6 +53,7 @@ class Candidate:
       checkpoint: the directory.
       expert_path: how experts are computed, if not so (`ModelConfig.expert_path`): "loop", or "auto" if compiled.
       compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
+      source: the safetensors that it was made from, where packed experts are run from if it holds values.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
@@ -61,12 +63,15 @@ class Candidate:
       InputError: if the directory is no Orbax checkpoint, has no usable config.json, or contradicts it.
     """
 
-    def __init__(self, checkpoint: str | Path, *, expert_path: str | None = None, compiled: bool = False):
+    def __init__(
+        self, checkpoint: str | Path, *, expert_path: str | None = None, compiled: bool = False, source: Path | None = None
+    ):
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
         cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
         expert_path = expert_path or ("auto" if compiled else "loop")
         self.cfg, self.compiled = dataclasses.replace(cfg, expert_path=expert_path), compiled
+        self.source = source
         self.large = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
 
     def __str__(self) -> str:
@@ -87,7 +92,11 @@ class Candidate:
 
     @property
     def can(self) -> PortCan:
-        return PortCan(self.settings, gradients=self, least_memory=self)
+        return PortCan(self.settings, gradients=self, least_memory=self, forms=self._forms())
+
+    def _forms(self) -> forms.Forms:
+        packed = self.source is not None and Checkpoint(self.source).layout.packed
+        return forms.Forms(self.path, self.cfg, self.source if packed else None)
 
     def restore(self, names: Iterable[str]) -> Arrays:
         """These parameters as stored, read by plain Orbax."""

@@ -48,6 +48,11 @@ class _Command(click.Command):
 )
 @click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
 @click.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
+@click.option(
+    "--forms",
+    type=click.Choice(["default", "all", "none"]),
+    help="Ways to run the whole model, each compared: jit, meshes, caches, generate, ... [default: default with --layers]",
+)
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")
@@ -88,6 +93,7 @@ def main(
     from oss_model.memory import parse_size
     from oss_model.shards import Checkpoint
 
+    options["forms"] = options["forms"] or ("default" if options["layers"] else "none")
     outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
     files = {form: file for form, file in outputs.items() if file is not None}
     faults = [*_two_prompts(context), *_misplaced(files, options["record"])]

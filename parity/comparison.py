@@ -15,13 +15,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import psutil
 
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
 from parity import configs
+from parity.forms_arm import compare_forms
 from parity.judge import ROUTING, Judge
-from parity.memory import check_free_memory, check_memory
+from parity.memory import check_free_memory, check_memory, gradient_bytes
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.prompts import Prompt, random_prompt
@@ -45,6 +47,7 @@ def compare(
     dtype: str = "float32",
     decode: bool = False,
     gradients: bool = False,
+    forms: str = "none",
     record: str | Path | None = None,
     max_memory: int | None = None,
     progress: Progress = lambda done, total, what: None,
@@ -61,6 +64,7 @@ def compare(
       dtype: "bfloat16" adds the precision arm and a free run in bfloat16; what is judged otherwise is always float32.
       gradients: also compare every parameter's gradient on the longest row of the prompt, of models that fit in memory
         whole.
+      forms: "default", "all" or "none" of the ways to run the whole model (`parity.forms`).
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       max_memory: resident bytes, all in, that it may take at the most.
@@ -74,7 +78,7 @@ def compare(
     if isinstance(checkpoint, str | Path):
         from parity.candidate import Candidate
 
-        port: Port = Candidate(checkpoint)
+        port: Port = Candidate(checkpoint, source=Path(source) if isinstance(source, str | Path) else None)
     else:
         port = checkpoint
     if isinstance(source, str | Path):
@@ -121,6 +125,9 @@ def compare(
     if gradients and report.free_run is not None:
         row = int(prompt.valid.sum(axis=1).argmax())
         _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
+    if forms != "none":
+        fits = gradient_bytes(port) <= (max_memory or psutil.virtual_memory().available // 2)
+        compare_forms(port, watched, report, forms, fits=fits, seed=seed, progress=progress)
     if recorder is not None:
         recorder.finish()
     report.seconds = time.monotonic() - start

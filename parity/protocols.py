@@ -8,14 +8,20 @@ Not every port can decode, differentiate, or say what memory it takes: it says w
 arm that a side has no part in is reported as incomplete, by name.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from parity.prompts import Prompt
 
+if TYPE_CHECKING:
+    from oss_model import ModelConfig
+
 Arrays = dict[str, np.ndarray]
+Taps = dict[tuple[int | None, str], list[np.ndarray]]  # (layer, tap) -> of each row [length, ...]
+Updates = dict[str, tuple[np.ndarray, np.ndarray]]  # module -> low-rank A and B, laid out as `oss_model.layers.LowRank` says
 Settings = dict[str, Any]  # what a configuration says: names of `oss_model.ModelConfig`, and eos_token_id -> value as JSON
 
 
@@ -100,6 +106,84 @@ class SupportsLeastMemory(Protocol):
         ...
 
 
+class Question(NamedTuple):
+    """What the reference is asked for run forms (`parity.forms`).
+
+    Attributes:
+      replica: a safetensors directory to be asked about in place of its own; None: its own.
+      lengths: of the rows; tokens of a row are drawn with the first of `seeds` where no router is nearer to a tie than
+        `near_tie`, or with the one that comes nearest to that.
+      new: how many tokens to generate after each row.
+      kinds: what is wanted: "logits", "tokens", "gradients", "updated logits".
+      updates: low-rank updates, and their alpha.
+    """
+
+    replica: "Path | None"
+    lengths: tuple[int, ...]
+    new: int
+    kinds: tuple[str, ...]
+    updates: tuple[Updates, float] | None
+    seeds: tuple[int, ...]
+    near_tie: float
+
+
+class Answers(NamedTuple):
+    """What the reference says, each row run alone.
+
+    Attributes:
+      rows: token ids, an int64 array each.
+      margins: float32 [length] a row: by how much the last expert of a token was chosen, the least of all layers, over the
+        largest router logit.
+      logits, logits16: float32 [length, vocab] a row, computed in float32 and in bfloat16.
+      made: the tokens that follow, greedily. made_margins: by how much each was the likeliest, over the largest logit.
+      eos: a token that is generated early, for the form that must stop there.
+      updated: logits with the updates; None if it cannot.
+      gradients: parameter's name -> d mean cross entropy of row 0 / d parameter, float32; None if not asked, or it cannot.
+    """
+
+    rows: list[np.ndarray]
+    margins: list[np.ndarray]
+    logits: list[np.ndarray]
+    logits16: list[np.ndarray] | None
+    made: list[np.ndarray]
+    made_margins: list[np.ndarray]
+    eos: tuple[int, ...]
+    updated: list[np.ndarray] | None
+    gradients: Arrays | None
+
+
+class Unanswered(Exception):
+    """Why the reference cannot answer a `Question`."""
+
+
+class FormsSubject(Protocol):
+    """A port that can be run in the ways people run it, the whole model at once."""
+
+    @property
+    def cfg(self) -> "ModelConfig": ...
+
+    @property
+    def updates(self) -> tuple[Updates, float]:
+        """For `Question.updates`."""
+        ...
+
+    def forms(self, everything: bool) -> dict[str, str]:
+        """The forms it can be asked for, those run by default or all: name -> what one gives, as in `Question.kinds`."""
+        ...
+
+    def of(self, source: "Path") -> "FormsSubject":
+        """The same code on another model, safetensors."""
+        ...
+
+    def run(self, runs: list[tuple[str, str]], asked: Answers) -> Iterator[tuple[str, str, list[np.ndarray] | Arrays | str]]:
+        """Each (form, dtype) with what it gave: logits [length, vocab] or tokens a row, gradients by name, or why not."""
+        ...
+
+    def watch(self, form: str, asked: Answers) -> Taps:
+        """What a form that gives logits computes on the way, in float32; empty where that cannot be seen."""
+        ...
+
+
 class LayerCan(NamedTuple):
     """What a layer of a port can do besides; None where it cannot."""
 
@@ -117,6 +201,7 @@ class PortCan(NamedTuple):
     settings: Settings | None = None
     gradients: SupportsGradients | None = None
     least_memory: SupportsLeastMemory | None = None
+    forms: FormsSubject | None = None
 
 
 class Layer(Protocol):
@@ -252,6 +337,21 @@ class Oracle(Protocol):
 
     def elsewhere(self, n: int, name: str) -> Iterable[Expected]:
         """A small parameter of layer n (its name without the layer) in all other layers."""
+        ...
+
+    def answers(self, question: Question) -> Answers:
+        """
+        Raises:
+          Unanswered: if it cannot.
+        """
+        ...
+
+    def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
+        """Every tap of each row, run alone, in float32: the embedding, each layer, and what comes after, one at a time.
+
+        Raises:
+          Unanswered: as `answers`.
+        """
         ...
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray: ...

@@ -20,16 +20,20 @@ from oss_model.errors import InputError
 from oss_model.taps import LAYER_TAPS
 from parity.prompts import Prompt
 from parity.protocols import (
+    Answers,
     Arrays,
     Asked,
     Expected,
     Oracle,
     OracleLayer,
     Port,
+    Question,
     Rows,
     Settings,
     Sizes,
     SupportsReferenceGradients,
+    Taps,
+    Unanswered,
 )
 
 FORMAT = 2
@@ -89,6 +93,15 @@ class Recorder:
 
     def elsewhere(self, n: int, name: str) -> Iterable[Expected]:
         return self.oracle.elsewhere(n, name)
+
+    def answers(self, question: Question) -> Answers:
+        found = self.oracle.answers(question)
+        self.described["forms"] = _asked(question) | {"eos": list(found.eos)}
+        self.write("forms", _flat(found))
+        return found
+
+    def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
+        return self.oracle.taps(replica, rows)
 
     @property
     def rope_positions(self) -> np.ndarray:
@@ -221,6 +234,21 @@ class Recording:
     def last_parameters(self) -> Iterator[Expected]:
         return self._expected(lambda name: not name.startswith(("embedding.", "layers.")))
 
+    def answers(self, question: Question) -> Answers:
+        noted, wanted = self.manifest.get("forms"), _asked(question)
+        if noted is None:
+            raise Unanswered("recorded without run forms; record it again, or --forms none")
+        if missing := sorted(set(question.kinds) - set(noted["kinds"])):
+            raise Unanswered(f"recorded without {', '.join(missing)}; --forms default, or SRC and PyTorch")
+        if {name: noted[name] for name in wanted if name != "kinds"} != {
+            name: wanted[name] for name in wanted if name != "kinds"
+        }:
+            raise Unanswered(f"recorded for another model or replica: {noted}, now {wanted}")
+        return _answers(self.read("forms"), tuple(noted["eos"]))
+
+    def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
+        raise Unanswered("a recording has no taps of run forms")
+
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if not np.array_equal(tokens, self.prompt.tokens):
             raise InputError(f"{self.directory}: recorded for another prompt; leave --tokens, --seed and --prompt-file out")
@@ -261,6 +289,31 @@ class _ReplayedLayer:
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return self.recording.read(f"direct-{self.n:03d}")["direct"]
+
+
+# --- run forms --------------------------------------------------------------------------------------------------
+
+_LISTS = ("rows", "margins", "logits", "logits16", "made", "made_margins", "updated")  # of `Answers`
+
+
+def _asked(question: Question) -> dict[str, Any]:
+    """What answers are good for."""
+    replica = None if question.replica is None else xxhash.xxh3_128_hexdigest((question.replica / "config.json").read_bytes())
+    return {"replica": replica, "lengths": list(question.lengths), "new": question.new, "kinds": sorted(question.kinds)}
+
+
+def _flat(answers: Answers) -> Arrays:
+    flat = {f"{name}.{n}": one for name in _LISTS for n, one in enumerate(getattr(answers, name) or ())}
+    return flat | {f"gradient {name}": value for name, value in (answers.gradients or {}).items()}
+
+
+def _answers(flat: Arrays, eos: tuple[int, ...]) -> Answers:
+    lists = {}
+    for name in _LISTS:
+        found = [flat[f"{name}.{n}"] for n in range(len(flat)) if f"{name}.{n}" in flat]
+        lists[name] = found if found or name in ("made", "made_margins") else None
+    gradients = {name.removeprefix("gradient "): value for name, value in flat.items() if name.startswith("gradient ")}
+    return Answers(**lists, eos=eos, gradients=gradients or None)
 
 
 def _against(recorded: str):

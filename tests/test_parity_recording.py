@@ -23,7 +23,7 @@ from parity.recording import DERIVED, Recording, digest
 def recorded(tmp_path_factory, sources, checkpoints):
     """The directory, and the report of the run that recorded it."""
     directory = tmp_path_factory.mktemp("recordings") / "recording"
-    return directory, compare(sources["hf"], checkpoints["bfloat16"], record=directory)
+    return directory, compare(sources["hf"], checkpoints["mxfp4"], record=directory, forms="default")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "mxfp4"])
@@ -32,7 +32,7 @@ def test_a_recording_gives_the_same_verdict_and_numbers(recorded, checkpoints, d
     report = compare(Recording(directory), checkpoints[dtype])
     assert report.verdict == "pass"
     assert len(report.weights) == (98 if dtype == "mxfp4" else 88)
-    if dtype == "bfloat16":
+    if dtype == "mxfp4":
         assert [tap for tap in report.taps if tap.tap != "rope"] == [tap for tap in live.taps if tap.tap != "rope"]
         assert report.free_run == live.free_run
         assert report.source == live.source
@@ -88,7 +88,7 @@ def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess:
 
 def test_it_runs_where_there_is_no_torch(recorded, checkpoints):
     code = "from parity.cli import main\nmain()"
-    run = without_torch(code, checkpoints["bfloat16"], "--golden", recorded[0], "--layers")
+    run = without_torch(code, checkpoints["mxfp4"], "--golden", recorded[0], "--layers")
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith("PASS")
 

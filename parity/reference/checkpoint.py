@@ -18,7 +18,8 @@ from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from parity.prompts import Prompt
-from parity.protocols import Arrays, Asked, Expected, Port, Settings, Sizes, SupportsReferenceGradients
+from parity.protocols import Answers, Arrays, Asked, Expected, Port, Question, Settings, Sizes, SupportsReferenceGradients
+from parity.protocols import Taps as TapRows
 from parity.reference import gradients
 from parity.reference.bits import difference
 from parity.reference.layer import Taps, TorchLayer, gate_and_up, to_numpy, to_torch
@@ -211,6 +212,31 @@ class Reference:
     def gradients(self, tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
         """Of every parameter as values, and the routing they are for: see `SupportsReferenceGradients`."""
         return gradients.gradients(self, tokens)
+
+    def answers(self, question: Question) -> Answers:
+        """What run forms are compared with, by transformers' whole model."""
+        from parity.reference.whole import Whole
+
+        return Whole(self if question.replica is None else Reference(question.replica)).answer(question)
+
+    def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[TapRows]:
+        """Of each row run alone: see `parity.protocols.Oracle.taps`."""
+        if replica is not None:
+            yield from Reference(replica).taps(None, rows)
+            return
+
+        def named(n: int | None, runs: list[Arrays]) -> TapRows:
+            pairs = list(zip(runs, rows, strict=True))
+            return {(n, name): [run[name].reshape(len(row), -1) for run, row in pairs] for name in runs[0]}
+
+        streams = [self.embed(row[None], np.dtype(np.float32)) for row in rows]
+        yield named(None, [{"embedding": x} for x in streams])
+        for n in range(self.sizes.layers):
+            layer = self.layer(n)
+            runs = [layer.run(x) for x in streams]
+            streams = [run["layer_out"] for run in runs]
+            yield named(n, runs)
+        yield named(None, [self.unembed(x) for x in streams])
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """float32 frequencies [head_dim / 2] and cos, sin [positions, head_dim / 2]."""

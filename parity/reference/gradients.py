@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from parity.protocols import Arrays
 from parity.reference.layer import to_numpy
@@ -20,14 +19,9 @@ def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[
       tokens: int [batch, length], without padding.
     """
     from parity.reference.checkpoint import as_in_orbax
+    from parity.reference.whole import whole_model
 
-    with torch.device("meta"):
-        model = gpt_oss.GptOssForCausalLM(reference.config)
-    state = reference.outer_state()
-    for n in range(reference.sizes.layers):
-        state |= {f"model.layers.{n}.{name}": t for name, t in reference.layer(n).decoded.items()}
-    model.load_state_dict({name: t.float().contiguous() for name, t in state.items()}, assign=True)
-    model.model.rotary_emb = reference.rotary
+    model = whole_model(reference)
     model.model.embed_tokens.padding_idx = None  # torch would leave out the padding token's embedding
     model.requires_grad_(True)
     routing: list[np.ndarray] = []

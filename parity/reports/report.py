@@ -58,6 +58,25 @@ class TapResult:
 
 
 @dataclasses.dataclass
+class FormResult:
+    """One way to run the model: `worst` is what its verdict goes by, None where it was not run.
+
+    Of logits in float32 the largest difference over the largest logit; in bfloat16 the median token's error over the
+    reference's own; of tokens the rows that are wrong; of gradients the worst parameter's relative L2. `layer` and `tap` are
+    where a form that fails first parts from the reference; "returned" if that is after every tap.
+    """
+
+    form: str
+    on: str  # "model" or "replica"
+    dtype: str
+    verdict: str  # "ok", "fail" or "incomplete"
+    worst: float | None
+    note: str = ""
+    layer: int | None = None
+    tap: str | None = None
+
+
+@dataclasses.dataclass
 class Report:
     source: str
     checkpoint: str
@@ -73,6 +92,7 @@ class Report:
     # of the residual stream after each layer of the free run, relative L2
     token_kl: list[float] = dataclasses.field(default_factory=list)  # of the free run, routing replayed; nats
     gradients: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "relative_l2", "verdict"}
+    forms: list[FormResult] = dataclasses.field(default_factory=list)
     judged_flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "token", "lost", "took",
     # "margin", "explained"}: of the free run with the reference's routing replayed; one that is not explained fails
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # with its own routing, told and not judged:
@@ -123,6 +143,9 @@ class Report:
         # A router whose input is wrong chooses wrongly, so within a layer the stream goes first: sorting is stable.
         failing.sort(key=lambda place: math.inf if place[0] is None else place[0])
         yield from ({"layer": layer, "tap": tap} for layer, tap in failing)
+        yield from (
+            {"layer": one.layer, "tap": one.tap or "form", "form": one.form} for one in self.forms if one.verdict == "fail"
+        )
         yield from ({"layer": layer_of(one["name"]), "tap": "gradients"} for one in self.wrong_gradients)
         worse = (tap for tap in self.taps if (tap.port_over_reference or 0.0) > PRECISION_FAIL)
         yield from ({"layer": tap.layer, "tap": tap.tap} for tap in worse)
@@ -174,6 +197,7 @@ class Report:
             "growth": self.growth,
             "token_kl": self.token_kl,
             "gradients": self.gradients,
+            "forms": [dataclasses.asdict(form) for form in self.forms],
             "judged_flips": self.judged_flips,
             "flips": self.flips,
             "incomplete": self.incomplete,

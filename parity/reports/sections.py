@@ -32,7 +32,19 @@ class Section(NamedTuple):
 
 
 def sections(report: Report) -> list[Section]:
-    arms = (_configuration, _weights, _semantics, _precision, _free_run, _flips, _gradients, _complete, _errors, _diagnosis)
+    arms = (
+        _configuration,
+        _weights,
+        _semantics,
+        _precision,
+        _free_run,
+        _flips,
+        _gradients,
+        _forms,
+        _complete,
+        _errors,
+        _diagnosis,
+    )
     return [section for arm in arms for section in arm(report)]
 
 
@@ -144,6 +156,36 @@ def _gradients(report: Report) -> Iterator[Section]:
     yield Section("gradients", "fail" if wrong else "ok", headline, lines, [table])
 
 
+def _forms(report: Report) -> Iterator[Section]:
+    """A line for those that are right, and one for each that is not."""
+    forms = report.forms
+    if not forms:
+        return
+    wrong, missing = ([one for one in forms if one.verdict == verdict] for verdict in ("fail", "incomplete"))
+    verdict = "fail" if wrong else "incomplete" if missing else "ok"
+    table = []
+    for on, dtype in dict.fromkeys((one.on, one.dtype) for one in forms):
+        right = [one for one in forms if (one.on, one.dtype, one.verdict) == (on, dtype, "ok")]
+        if right:
+            of_logits = [one.worst or 0.0 for one in right if "generate" not in one.form and "remat" not in one.form]
+            worst = max(of_logits, default=0.0)
+            said = f"worst {worst:.1e}" if dtype == "float32" else f"at most {worst:.2f} times the reference's error"
+            names = ", ".join(one.form for one in right)
+            table.append(f"forms     {f'{dtype}, on the {on}':<26} {said}   ok x{len(right)}   {names}")
+    for one in (*wrong, *missing):
+        worst = "" if one.worst is None else f"{one.worst:.1e}   "
+        said = "FAIL" if one.verdict == "fail" else one.verdict
+        table.append(f"form      {one.form} ({one.dtype}, on the {one.on})   {worst}{one.note}   {said}")
+    lines = [f"{one.form} in {one.dtype}: {one.note}" for one in (*wrong, *missing)]
+    headline = f"all {len(forms)} runs are right"
+    if wrong:
+        names = ", ".join(dict.fromkeys(one.form for one in wrong))
+        headline = f"wrong as it is run: {names}"
+    elif missing:
+        headline = f"{len(missing)} of {len(forms)} were not compared"
+    yield Section("forms", verdict, headline, lines, table)
+
+
 def _complete(report: Report) -> Iterator[Section]:
     table = [f"incomplete: {reason}" for reason in report.incomplete]
     first = report.incomplete[0] if report.incomplete else "nothing that was asked for is missing"
@@ -162,6 +204,8 @@ def _diagnosis(report: Report) -> Iterator[Section]:
     if where is None:
         return
     place = "the whole model" if where["layer"] is None else f"layer {where['layer']}"
+    if "form" in where:
+        place = f"as it is run ({where['form']})" + ("" if where["layer"] is None else f", {place}")
     said, found = [], report.diagnosis
     if found is not None:
         parameter = f"{found['tap']}: " if "." in found["tap"] else ""

@@ -1,0 +1,245 @@
+"""The arm of `parity.forms`: both sides are asked the same, and what they say is held together.
+
+Logits in float32 are held to the free run's bound; in bfloat16 the port's error is put over the reference's own, by the median
+token, since near-ties of the router send some tokens of any two right models elsewhere. A token after a near-tie in its row is
+not judged in float32 either; how many were is in the note. Tokens that were generated must be the reference's up to a near-tie
+of the logits.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oss_model import ModelConfig
+from oss_model.synthetic import write_checkpoint
+from oss_model.taps import LAYER_TAPS, MODEL_TAPS
+from parity import metrics
+from parity.gradients import compare_gradients
+from parity.protocols import Answers, Arrays, FormsSubject, Oracle, Port, Question, Unanswered
+from parity.reports.report import FormResult, Report
+
+# Of a router's logits, or of the model's: two that are this close, over the largest, may change places by rounding.
+NEAR_TIE = 4e-5
+SEEDS = 8  # of rows, tried for some without a near-tie
+NEW = 2.0  # tokens to generate, in windows: the ring is written over
+BFLOAT16 = "bfloat16"
+
+
+def compare_forms(
+    port: Port, oracle: Oracle, report: Report, which: str, *, fits: bool, seed: int, progress: Callable[[int, int, str], None]
+) -> None:
+    """Fill `report.forms`.
+
+    Args:
+      which: "default" or "all".
+      fits: whether the model itself is run; else a replica of it with smaller sizes.
+      seed: of the rows, and of a replica.
+    """
+    subject = port.can.forms
+    if subject is None:  # a port of one's own that declares none
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = None
+        if not fits:
+            directory = write_checkpoint(Path(scratch) / "replica", replica(subject.cfg, oracle), seed=seed)
+            subject = subject.of(directory)
+        _Arm(subject, oracle, report, "model" if fits else "replica", directory).run(which, seed, progress)
+
+
+def replica(cfg: ModelConfig, oracle: Oracle) -> ModelConfig:
+    """The reference's own configuration with its sizes scaled down, every one distinct; what is no size is kept."""
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    own = {name: value for name, value in oracle.settings.items() if name in known}
+    kinds = list(own.get("layer_types", cfg.layer_types))
+    turn = next((n for n in range(1, len(kinds)) if kinds[n] != kinds[0]), 1)
+    kinds = (kinds[: turn + 1] * 2)[:4] if len(set(kinds)) > 1 else kinds[:4]
+    groups = max(1, own.get("num_attention_heads", cfg.num_attention_heads) // own.get("num_key_value_heads", 1))
+    sizes = {
+        "num_hidden_layers": len(kinds),
+        "layer_types": tuple(kinds),
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "num_attention_heads": 2 * groups,
+        "num_experts": 10,
+        "num_experts_per_tok": min(own.get("num_experts_per_tok", cfg.num_experts_per_tok), 6),
+        "sliding_window": 22,
+        "use_sharding": False,
+        "param_dtype": None,
+    }
+    return dataclasses.replace(cfg, **{**own, **sizes})
+
+
+@dataclasses.dataclass
+class _Arm:
+    subject: FormsSubject
+    oracle: Oracle
+    report: Report
+    on: str
+    directory: Path | None
+
+    def run(self, which: str, seed: int, progress: Callable[[int, int, str], None]) -> None:
+        forms = self.subject.forms(which == "all")
+        window = self.subject.cfg.sliding_window
+        longest = min(int(2.5 * window) + 1, self.subject.cfg.max_position_embeddings // 2)
+        question = Question(
+            replica=self.directory,
+            lengths=(longest, max(longest - 7, 1)),
+            new=max(2, min(int(NEW * window), self.subject.cfg.max_position_embeddings - longest)),
+            kinds=tuple(dict.fromkeys(forms.values())),
+            updates=self.subject.updates if "updated logits" in forms.values() else None,
+            seeds=tuple(range(seed, seed + SEEDS)),
+            near_tie=NEAR_TIE,
+        )
+        progress(0, len(forms), "reference")
+        try:
+            answers = self.oracle.answers(question)
+        except Unanswered as reason:
+            self.report.lacks(f"forms: {reason}")
+            return
+        runs = [(form, dtype) for form, gives in forms.items() for dtype in ("float32", BFLOAT16) if _asked(gives, dtype)]
+        for done, (form, dtype, found) in enumerate(self.subject.run(runs, answers)):
+            progress(done, len(runs), form)
+            self._judge(form, dtype, forms[form], found, answers)
+        for result in self.report.forms:
+            if result.verdict == "fail" and result.dtype == "float32" and forms[result.form] == "logits":
+                self._locate(result, answers)
+
+    def _judge(self, form: str, dtype: str, gives: str, found: Any, answers: Answers) -> None:
+        result = FormResult(form, self.on, dtype, "incomplete", None)
+        self.report.forms.append(result)
+        if isinstance(found, str):
+            result.note = found
+        elif gives == "tokens":
+            self._tokens(result, found, answers, form)
+        elif gives == "gradients":
+            self._gradients(result, found, answers)
+        else:
+            want = answers.updated if gives == "updated logits" else answers.logits
+            if want is None:
+                result.note = "the reference cannot be asked: it takes the package peft"
+            elif dtype == BFLOAT16:
+                self._ratio(result, found, want, answers)
+            else:
+                self._logits(result, found, want, answers)
+        if result.verdict == "incomplete":
+            self.report.lacks(f"forms: {form} in {dtype} was not compared: {result.note}")
+
+    def _logits(self, result: FormResult, found: list[np.ndarray], want: list[np.ndarray], answers: Answers) -> None:
+        worst, judged, total, bad = 0.0, 0, 0, []
+        for row, (got, right, margins) in enumerate(zip(found, want, answers.margins, strict=True)):
+            if got.shape != right.shape:
+                result.verdict, result.worst = "fail", metrics.WORST
+                result.note = f"row {row}: logits {list(got.shape)}, should be {list(right.shape)}"
+                return
+            tied = np.logical_or.accumulate(margins < NEAR_TIE)
+            apart = metrics.finite(np.abs(got - right).max(axis=-1)) / np.abs(right).max()
+            judged, total = judged + int((~tied).sum()), total + len(tied)
+            apart = np.where(tied, 0.0, apart)
+            worst = max(worst, float(apart.max()))
+            wrong = np.flatnonzero(apart > metrics.FREE_RUN_GATE)
+            if wrong.size:
+                bad.append(_places(row, wrong, len(apart)))
+        result.worst, result.verdict = min(worst, metrics.WORST), "fail" if bad else "ok"
+        notes = bad + ([f"{total - judged} of {total} tokens follow a near-tie"] if judged < total else [])
+        if not bad and judged * 2 < total:
+            result.verdict = "incomplete"
+        result.note = "; ".join(notes)
+
+    def _locate(self, result: FormResult, answers: Answers) -> None:
+        """Where, run by itself, the form first parts from the reference: it is watched, and both sides' streams compared."""
+        found = self.subject.watch(result.form, answers)
+        try:
+            for want in self.oracle.taps(self.directory, answers.rows) if found else ():
+                layer = next(iter(want))[0]
+                for tap in (*LAYER_TAPS, *MODEL_TAPS):
+                    if (layer, tap) in want and not self._same(tap, found.get((layer, tap)), want[layer, tap], answers):
+                        result.layer, result.tap = layer, tap
+                        place = tap if layer is None else f"layer {layer} {tap}"
+                        missing = ", which was not computed" if (layer, tap) not in found else ""
+                        result.note = f"parts at {place}{missing}; {result.note}"
+                        return
+        except Unanswered:
+            return
+        if found:
+            result.tap = "returned"
+            result.note = f"every tap is right, what is returned is not; {result.note}"
+
+    @staticmethod
+    def _same(tap: str, found: list[np.ndarray] | None, want: list[np.ndarray], answers: Answers) -> bool:
+        if found is None:
+            return False
+        for got, right, margins in zip(found, want, answers.margins, strict=True):
+            judged = ~np.logical_or.accumulate(margins < NEAR_TIE)
+            got, right = got[judged], right[judged]
+            if tap == "expert_choice":
+                got, right = np.sort(got, -1), np.sort(right, -1)
+            if got.shape != right.shape or (_errors(got, right) > metrics.SEMANTICS_GATE).any():
+                return False
+        return True
+
+    def _ratio(self, result: FormResult, found: list[np.ndarray], want: list[np.ndarray], answers: Answers) -> None:
+        if answers.logits16 is None:
+            result.note = "the reference's own logits in bfloat16 are not known"
+            return
+        errors = [np.concatenate([_errors(side[row], right) for row, right in enumerate(want)])
+                  for side in (found, answers.logits16)]  # fmt: skip
+        result.worst = metrics.error_ratio(*(float(np.median(metrics.finite(each))) for each in errors))
+        result.verdict = "fail" if result.worst > metrics.PRECISION_FAIL else "ok"
+        result.note = "the median token's error over the reference's own"
+
+    def _tokens(self, result: FormResult, found: list[np.ndarray], answers: Answers, form: str) -> None:
+        notes, wrong = [], 0
+        for row, (got, made, margins) in enumerate(zip(found, answers.made, answers.made_margins, strict=True)):
+            want = made[: until(made, answers.eos)] if form.endswith("eos") else made
+            if got.tolist() == want.tolist():
+                continue
+            parts = np.flatnonzero(got[: len(want)] != want[: len(got)])
+            step = int(parts[0]) if parts.size else min(len(got), len(want))
+            if parts.size and margins[step] < NEAR_TIE:
+                notes.append(f"row {row} parts at a near-tie, token {step}")
+                continue
+            wrong += 1
+            said = f"{got[step]}, should be {want[step]}" if parts.size else f"{len(got)} tokens, should be {len(want)}"
+            notes.append(f"row {row}: token {step}: {said}" if parts.size else f"row {row}: {said}")
+        result.worst, result.verdict, result.note = float(wrong), "fail" if wrong else "ok", "; ".join(notes)
+
+    def _gradients(self, result: FormResult, found: Arrays, answers: Answers) -> None:
+        if answers.gradients is None:
+            result.note = "the reference has no gradients"
+            return
+        names = [name for name in answers.gradients if name in found]
+        compared = compare_gradients(answers.gradients, found, names)
+        worst = max(compared, key=lambda one: one["relative_l2"])
+        result.worst, result.verdict = worst["relative_l2"], "fail" if worst["verdict"] == "fail" else "ok"
+        result.note = f"worst {worst['name']}" if result.verdict == "fail" else ""
+
+
+def _asked(gives: str, dtype: str) -> bool:
+    """In bfloat16 logits alone: tokens flip there, and gradients and updates are held in float32."""
+    return dtype == "float32" or gives == "logits"
+
+
+def until(made: np.ndarray, eos: tuple[int, ...]) -> int:
+    """How many of these tokens there are up to one that ends the text, and with it."""
+    ends = np.flatnonzero(np.isin(made, eos))
+    return int(ends[0]) + 1 if ends.size else len(made)
+
+
+def _errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    if got.shape != want.shape:
+        return np.full(len(want), np.inf)
+    return metrics.token_rel_l2(got[None], want[None])[0]
+
+
+def _places(row: int, wrong: np.ndarray, length: int) -> str:
+    if len(wrong) == length:
+        return f"row {row}, all tokens"
+    if len(wrong) == length - wrong[0]:
+        return f"row {row}, tokens from {wrong[0]} on"
+    return f"row {row}, {len(wrong)} of {length} tokens, the first {wrong[0]}"

@@ -1,0 +1,339 @@
+"""Known mistakes of how the model is put together, loaded, compiled, cached and trained: put into our code, for the self-test.
+
+The parts are right in all of these, so no tap that is fed the reference's input shows one: the model has to be run as people
+run it (`parity.forms`). Each row says what is patched, and which of the forms must find it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+
+from oss_model import (
+    Transformer,
+    TransformerBlock,
+    cache,
+    expert_paths,
+    experts,
+    generation,
+    layers,
+    modeling,
+    params,
+    taps,
+)
+
+Make = Callable[[Any], Any]
+
+
+class Mistake(NamedTuple):
+    """
+    Attributes:
+      where: the part of the house: "model", "loading", "rows", "jit", "path", "mesh", "cache", "generate", "LoRA", "remat".
+      says: what is done wrong.
+      patches: (owner, attribute, what becomes of it).
+      forms: forms that must find it; the first is of the default ones, where one of them can.
+      place: (layer, tap) where the first form must be said to part from the reference; None where it gives no logits.
+    """
+
+    where: str
+    says: str
+    patches: tuple[tuple[Any, str, Make], ...]
+    forms: tuple[str, ...]
+    place: tuple[int | None, str] | None = None
+
+    @contextlib.contextmanager
+    def injected(self) -> Iterator[None]:
+        """What was compiled before is forgotten, and so is what was compiled with the mistake."""
+        jax.clear_caches()
+        with contextlib.ExitStack() as stack:
+            for owner, name, make in self.patches:
+                stack.enter_context(mock.patch.object(owner, name, make(owner.__dict__[name])))
+            yield
+        jax.clear_caches()
+
+
+def _loaded(change: Callable[[Transformer], None]) -> tuple[tuple[Any, str, Make], ...]:
+    """In a model that was just loaded, from either kind of checkpoint."""
+
+    def make(right):
+        def load(*given):
+            model = right(*given)
+            change(model)
+            return model
+
+        return load
+
+    return tuple((params, name, make) for name in ("_from_orbax", "_from_safetensors"))
+
+
+def _without_sinks(model: Transformer) -> None:
+    for block in model.layers:
+        block.attn.sinks.set_value(jnp.zeros_like(block.attn.sinks[...]))
+
+
+def _without_windows(model: Transformer) -> None:
+    for block in model.layers:
+        block.attn.window = None
+
+
+def _skipping(right):
+    def rematerialized(module, again):
+        if isinstance(module, TransformerBlock) and taps._layer.get() == LAST:
+            return lambda x, positions, rope, cache: (x, cache)
+        return right(module, again)
+
+    return rematerialized
+
+
+LAST = 4  # of the small model
+
+
+def _exchanged(right):
+    def stream(self, *given, **named):
+        layers = self.layers
+        self.layers = nnx.List([layers[1], layers[0], *layers[2:]])
+        try:
+            return right(self, *given, **named)
+        finally:
+            self.layers = layers
+
+    return stream
+
+
+def _before(right):
+    def call(self, *given, **named):
+        out = right(self, *given, **named)
+        return jnp.roll(out, 1, axis=1) if not isinstance(out, tuple) else (jnp.roll(out[0], 1, axis=1), out[1])
+
+    return call
+
+
+def _attention(change: Callable[..., jax.Array]) -> tuple[tuple[Any, str, Make], ...]:
+    return ((modeling, "sink_attention", lambda right: lambda *given: change(right, *given)),)
+
+
+def _first_rows_keys(right, q, k, v, sinks, visible):
+    return right(q, jnp.broadcast_to(k[:1], k.shape), v, sinks, visible)
+
+
+def _nan_where_nothing_is_seen(right, q, k, v, sinks, visible):
+    out = right(q, k, v, sinks, visible)
+    return jnp.where(visible.any(-1)[..., None, None], out, jnp.nan)
+
+
+def _seen_padding(right):
+    return lambda queries, keys, window: right(queries, jnp.abs(keys), window)
+
+
+def _forgetting(right):
+    def visibility(queries, keys, window):
+        seen = right(queries, keys, window)
+        cached = keys.shape[1] != queries.shape[1]
+        return seen & (queries[:, :, None] - keys[:, None, :] < 32) if cached else seen
+
+    return visibility
+
+
+def _store(change: Callable[..., Any]) -> tuple[tuple[Any, str, Make], ...]:
+    return ((cache.LayerCache, "store", lambda right: lambda self, *new: change(right, self, *new)),)
+
+
+def _keeping_the_first(right, self, keys, values, positions):
+    size = self.positions.shape[1]
+    if positions.shape[1] > size:
+        start = jnp.argmax(positions >= 0, axis=1)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+        columns = jnp.minimum(start, positions.shape[1] - 1)
+        positions = jnp.take_along_axis(positions, columns, axis=1)
+        keys, values = (jnp.take_along_axis(a, columns[..., None, None], axis=1) for a in (keys, values))
+    return right(self, keys, values, positions)
+
+
+def _nothing_of_a_prefill(right, self, keys, values, positions):
+    after = right(self, keys, values, positions)
+    return self._replace(positions=after.positions) if positions.shape[1] > 1 else after
+
+
+def _alone(right):
+    def followed_by(self, keys, values, positions):
+        if positions.shape[1] == 1:
+            return right(self, keys, values, positions)
+        return cache.LayerCache(keys.astype(self.keys.dtype), values.astype(self.values.dtype), positions)
+
+    return followed_by
+
+
+def _compiled_only(right, q, *rest):
+    return right(q, *rest) * jnp.asarray(1.01 if isinstance(q, Tracer) else 1, q.dtype)
+
+
+def _other_than_compiled(right):
+    """Of an update: twice as much where it is merged, which is not compiled."""
+
+    def stored(self):
+        found = right(self)
+        return found if isinstance(self.a[...], Tracer) else {name: value * 2 for name, value in found.items()}
+
+    return stored
+
+
+def _slot_off(right, self, keys, values, positions):
+    after = right(self, keys, values, positions)
+    return after._replace(values=jnp.roll(after.values, 1, axis=1)) if positions.shape[1] > 1 else after
+
+
+def _path(name: str) -> tuple[tuple[Any, str, Make], ...]:
+    def make(right):
+        return right | {name: lambda x, *rest: right[name](x, *rest) * jnp.asarray(1.01, x.dtype).astype(jnp.float32)}
+
+    return ((expert_paths, "PATHS", make),)
+
+
+def _twice(right):
+    def rematerialized(module, again):
+        once = right(module, again)
+        if not again:
+            return once
+        if isinstance(module, TransformerBlock):
+            return lambda x, *rest: once(once(x, *rest)[0], *rest)
+        return lambda x: once(once(x))
+
+    return rematerialized
+
+
+ANY = ("jit", "eager", "packed", "cache", "mesh fsdp × tensor")
+CACHED = ("cache", "cache, padding on the right", "cache, in pieces", "cache, token by token")
+
+RUNNING: dict[str, Mistake] = {
+    "last-layer-skipped": Mistake(
+        "model",
+        "the last layer is not run",
+        ((modeling, "rematerialized", _skipping),),
+        (*ANY, "generate"),
+        (LAST, "attn_norm"),
+    ),
+    "layers-run-in-another-order": Mistake(
+        "model", "two layers run in each other's place", ((Transformer, "stream", _exchanged),), ANY, (0, "attn_norm")
+    ),
+    "embedding-scaled-in-embed": Mistake(
+        "model",
+        "the embedding is multiplied before the first layer",
+        ((Transformer, "embed", lambda right: lambda self, tokens: right(self, tokens) * 2),),
+        ANY,
+        (0, "mlp_norm"),
+    ),
+    "logits-of-the-token-before": Mistake(
+        "model", "the logits are those of the token before", ((Transformer, "__call__", _before),), ANY, (None, "returned")
+    ),
+    "sinks-lost-in-loading": Mistake("loading", "sinks are zero once loaded", _loaded(_without_sinks), ANY, (0, "attn_core")),
+    "windows-lost-in-loading": Mistake(
+        "loading", "no layer has its window once loaded", _loaded(_without_windows), ANY, (0, "attn_core")
+    ),
+    "rows-see-the-first": Mistake(
+        "rows", "other rows see the first one's keys", _attention(_first_rows_keys), ANY, (0, "attn_core")
+    ),
+    "padding-seen": Mistake("rows", "queries see padding", ((modeling, "visibility", _seen_padding),), ANY, (0, "attn_core")),
+    "padding-is-nan": Mistake(
+        "rows",
+        "a query that sees nothing becomes NaN, and its value reaches others",
+        _attention(_nan_where_nothing_is_seen),
+        ANY,
+        (1, "attn_core"),
+    ),
+    "jit-only": Mistake(
+        "jit",
+        "wrong only where it is compiled",
+        _attention(_compiled_only),
+        ("jit", "packed", "cache"),
+        (0, "attn_core"),
+    ),
+    "scan-wrong": Mistake("path", "the path scan is wrong", _path("scan"), ("jit", "path scan"), (0, "mlp_out")),
+    "pairs-wrong": Mistake("path", "the path pairs is wrong", _path("pairs"), ("cache", "path pairs"), (0, "mlp_out")),
+    "ragged-wrong": Mistake("path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out")),
+    "mesh-wrong": Mistake(
+        "mesh",
+        "the sum over a mesh is wrong",
+        ((experts, "add_up_on_mesh", lambda right: lambda x, *rest: right(x, *rest) * jnp.asarray(1.01, x.dtype)),),
+        ("mesh fsdp × tensor", "mesh fsdp", "mesh tensor", "mesh expert"),
+        (0, "mlp_out"),
+    ),
+    "padding-stored": Mistake(
+        "cache",
+        "padding is stored like a token",
+        _store(lambda right, self, k, v, at: right(self, k, v, jnp.where(at < 0, at % self.positions.shape[1], at))),
+        ("cache", "cache, padding on the right"),
+        (0, "q_rope"),
+    ),
+    "values-a-slot-off": Mistake("cache", "values lie a slot off their keys", _store(_slot_off), CACHED[:3], (0, "attn_core")),
+    "ring-keeps-the-first": Mistake(
+        "cache",
+        "a prompt longer than the ring leaves its first keys there",
+        _store(_keeping_the_first),
+        CACHED[:2],
+        (0, "attn_core"),
+    ),
+    "prefill-not-stored": Mistake(
+        "cache",
+        "a prefill stores nothing",
+        _store(_nothing_of_a_prefill),
+        ("cache", "generate"),
+        (0, "attn_core"),
+    ),
+    "pieces-do-not-see-the-cache": Mistake(
+        "cache",
+        "a later piece of a prompt does not see the cache",
+        ((cache.LayerCache, "followed_by", _alone),),
+        ("cache, in pieces",),
+        (0, "attn_core"),
+    ),
+    "keys-lost-past-32": Mistake(
+        "cache", "keys more than 32 places back are lost", ((modeling, "visibility", _forgetting),), ("generate",)
+    ),
+    "next-position-one-too-many": Mistake(
+        "cache",
+        "the next token is placed one too far",
+        ((modeling, "next_positions", lambda right: lambda cache, length: right(cache, length) + 1),),
+        ("cache", "generate"),
+        (0, "q_rope"),
+    ),
+    "generate-takes-the-worst": Mistake(
+        "generate",
+        "the least likely token is taken",
+        ((generation, "_choose", lambda right: lambda logits, *how: right(-logits, *how)),),
+        ("generate",),
+    ),
+    "generate-ignores-eos": Mistake(
+        "generate",
+        "a text does not end where it should",
+        ((generation, "_generate", lambda right: lambda *given: right(*given[:5], (), given[6])),),
+        ("generate, eos",),
+    ),
+    "lora-scale-ignored": Mistake(
+        "LoRA",
+        "updates are not scaled by alpha / rank",
+        ((layers.LowRank, "stored", lambda right: lambda self: {"lora_a": self.a[...], "lora_b": self.b[...]}),),
+        ("lora",),
+    ),
+    "lora-merge-forgets-experts": Mistake(
+        "LoRA",
+        "what is merged is not what is computed beside the weight",
+        ((layers.LowRank, "stored", _other_than_compiled),),
+        ("lora merged",),
+    ),
+    "remat-applies-a-block-twice": Mistake(
+        "remat",
+        "a block is applied twice where it is computed again",
+        ((modeling, "rematerialized", _twice),),
+        ("remat block",),
+    ),
+    "remat-applies-experts-twice": Mistake(
+        "remat",
+        "experts are applied twice where they are computed again",
+        ((modeling, "rematerialized", _twice),),
+        ("remat mlp",),
+    ),
+}

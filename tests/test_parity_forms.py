@@ -1,0 +1,194 @@
+"""The model as it is run: each way against the reference, and mistakes that only a way of running shows."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from parity import compare, forms, forms_arm, metrics
+from parity.candidate import Candidate
+from parity.forms_arm import NEAR_TIE, compare_forms, replica, until
+from parity.mistakes.running import RUNNING
+from parity.prompts import random_prompt
+from parity.protocols import Answers, PortCan, Question
+from parity.recording import Recorder, Recording
+from parity.reference import Reference
+from parity.reports.report import Report
+
+# A mistake of each kind; `check-parity --self-test` has all of them.
+SOME = (
+    "last-layer-skipped", "layers-run-in-another-order", "logits-of-the-token-before", "sinks-lost-in-loading",
+    "windows-lost-in-loading", "rows-see-the-first", "padding-seen", "jit-only", "ragged-wrong", "ring-keeps-the-first",
+    "generate-ignores-eos", "lora-scale-ignored", "remat-applies-a-block-twice",
+)  # fmt: skip
+
+
+class Kept(Reference):
+    """Asked once for all forms."""
+
+    kept: Answers | None = None
+
+    def answers(self, question: Question) -> Answers:
+        if self.kept is None:
+            wanted = question._replace(kinds=("logits", "tokens", "gradients", "updated logits"), updates=self.updates)
+            self.kept = super().answers(wanted)
+        return self.kept
+
+
+class Only:
+    """A subject that is asked for these forms."""
+
+    def __init__(self, subject: forms.Forms, names):
+        self.subject, self.names = subject, names
+
+    def __getattr__(self, name: str):
+        return getattr(self.subject, name)
+
+    def forms(self, everything: bool) -> dict[str, str]:
+        return {name: forms.table(self.subject.cfg)[name].gives for name in self.names}
+
+
+@pytest.fixture(scope="module")
+def subject(checkpoints, sources) -> forms.Forms:
+    found = Candidate(checkpoints["bfloat16"], source=sources["hf"]).can.forms
+    assert isinstance(found, forms.Forms)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(sources, subject) -> Kept:
+    kept = Kept(sources["hf"])
+    kept.updates = subject.updates
+    return kept
+
+
+def run(subject, reference, names, dtypes=("float32",)) -> Report:
+    report = Report("source", "checkpoint", "model", 1, 0)
+    asked, both = forms_arm._asked, dtypes
+    forms_arm._asked = lambda gives, dtype: asked(gives, dtype) and dtype in both
+    try:
+        port = types.SimpleNamespace(can=PortCan(forms=Only(subject, names)))
+        compare_forms(port, reference, report, "all", fits=True, seed=0, progress=lambda *_: None)
+    finally:
+        forms_arm._asked = asked
+    return report
+
+
+@pytest.mark.parametrize("name", [*forms.table(types.SimpleNamespace(num_experts=9))])
+def test_a_right_model_is_right_however_it_is_run(name, subject, reference):
+    report = run(subject, reference, [name])
+    assert [(form.verdict, form.note) for form in report.forms] == [("ok", "")]
+    if forms.table(subject.cfg)[name].gives in ("logits", "updated logits"):
+        assert 0 < report.forms[0].worst < 1e-5
+    assert report.first_divergence is None
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_what_only_a_way_of_running_shows_is_found_and_located(name, subject, reference):
+    mistake = RUNNING[name]
+    with mistake.injected():
+        report = run(subject, reference, mistake.forms[:1])
+    form = report.forms[0]
+    assert form.verdict == "fail"
+    assert report.verdict == "fail"
+    if mistake.place is not None:
+        assert (form.layer, form.tap) == mistake.place
+        assert report.first_divergence == {"layer": form.layer, "tap": form.tap, "form": form.form}
+    else:
+        assert report.first_divergence == {"layer": None, "tap": "form", "form": form.form}
+
+
+def test_each_mistake_is_of_a_form_that_there_is(cfg):
+    there = forms.table(cfg)
+    assert {form for mistake in RUNNING.values() for form in mistake.forms} <= there.keys()
+    for name, mistake in RUNNING.items():
+        located = there[mistake.forms[0]].gives == "logits"
+        assert located == (mistake.place is not None), name
+
+
+def test_in_bfloat16_the_error_is_put_over_the_reference_s(subject, reference, monkeypatch):
+    report = run(subject, reference, ["jit"], ("bfloat16",))
+    assert [form.dtype for form in report.forms] == ["bfloat16"]
+    assert 0.2 < report.forms[0].worst < metrics.PRECISION_WARN
+    logits16 = [
+        right + (wrong - right) / 8 for wrong, right in zip(reference.kept.logits16, reference.kept.logits, strict=True)
+    ]
+    monkeypatch.setattr(reference, "kept", reference.kept._replace(logits16=logits16))
+    assert run(subject, reference, ["jit"], ("bfloat16",)).forms[0].verdict == "fail"
+
+
+def test_meshes_are_simulated_where_there_are_too_few_devices(subject, reference, monkeypatch):
+    count = jax.device_count
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    here = run(subject, reference, ["mesh fsdp × tensor"])
+    monkeypatch.setattr(jax, "device_count", count)
+    assert [form.verdict for form in here.forms] == ["ok"]
+    assert here.forms[0].worst == pytest.approx(run(subject, reference, ["mesh fsdp × tensor"]).forms[0].worst, rel=0.5)
+
+
+def test_a_form_that_cannot_be_run_is_incomplete(subject, reference, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such device\nand more")
+
+    monkeypatch.setattr(forms, "create_model_from_checkpoint", broken)
+    report = run(subject, reference, ["jit"])
+    assert (report.verdict, report.forms[0].verdict) == ("incomplete", "incomplete")
+    assert report.incomplete == ["forms: jit in float32 was not compared: RuntimeError: no such device"]
+
+
+def test_a_replica_keeps_what_is_no_size(sources, subject, reference, tmp_path):
+    cfg = replica(subject.cfg, reference)
+    same = ("swiglu_alpha", "swiglu_limit", "rms_norm_eps", "rope_theta", "rope_factor", "rope_beta_fast", "head_dim",
+            "rope_original_max_position_embeddings", "max_position_embeddings", "num_experts_per_tok")  # fmt: skip
+    assert {name: getattr(cfg, name) for name in same} == {name: getattr(subject.cfg, name) for name in same}
+    assert set(cfg.layer_types) == set(subject.cfg.layer_types)
+    sizes = [cfg.num_hidden_layers, cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_experts, cfg.sliding_window,
+             cfg.num_key_value_heads, cfg.head_dim]  # fmt: skip
+    assert len(set(sizes)) == len(sizes)
+    report = Report("source", "checkpoint", "model", 1, 0)
+    port = types.SimpleNamespace(can=PortCan(forms=subject))
+    compare_forms(
+        port, reference.__class__.__mro__[1](sources["hf"]), report, "default", fits=False, seed=0, progress=lambda *_: None
+    )
+    assert {(form.on, form.verdict) for form in report.forms} == {("replica", "ok")}
+    assert len(report.forms) == 10
+
+
+def test_a_recording_answers_for_the_forms_it_was_made_with(sources, checkpoints, subject, reference, tmp_path):
+    recorder = Recorder(reference, tmp_path / "recording", random_prompt(509, 24, 0), {"dtype": "float32", "layers": False})
+    run(subject, recorder, ["jit", "generate"])
+    recorder.described["forms"]["kinds"] = ["logits", "tokens"]
+    compare(sources["hf"], checkpoints["bfloat16"], layers=False, record=tmp_path / "other", tokens=24)
+    manifest = json.loads((tmp_path / "other/manifest.json").read_text())
+    assert Recording(tmp_path / "other").manifest.get("forms") is None
+    (tmp_path / "other/forms.safetensors").write_bytes((tmp_path / "recording/forms.safetensors").read_bytes())
+    (tmp_path / "other/manifest.json").write_text(json.dumps(manifest | {"forms": recorder.described["forms"]}))
+
+    recording = Recording(tmp_path / "other")
+    report = run(subject, recording, ["jit", "generate"])
+    assert [form.verdict for form in report.forms] == ["ok", "ok"]
+    found = json.loads(report.to_json())["forms"][0]
+    assert found.keys() >= {"form", "on", "dtype", "verdict", "worst"}
+    with RUNNING["jit-only"].injected():  # it is found, and cannot be located: a recording has the taps of its own prompt
+        report = run(subject, recording, ["jit"])
+    assert report.first_divergence == {"layer": None, "tap": "form", "form": "jit"}
+    report = run(subject, recording, ["remat mlp"])
+    assert report.incomplete == ["forms: recorded without gradients; --forms default, or SRC and PyTorch"]
+    report = run(subject, _without_forms(recording), ["jit"])
+    assert report.incomplete == ["forms: recorded without run forms; record it again, or --forms none"]
+
+
+def _without_forms(recording: Recording) -> Recording:
+    recording.manifest.pop("forms")
+    return recording
+
+
+def test_a_text_ends_with_the_first_token_that_ends_it():
+    assert until(np.array([4, 7, 9, 7]), (7,)) == 2
+    assert until(np.array([4, 7]), (8,)) == 2
+
+
+def test_rows_have_no_near_tie_where_that_can_be(reference):
+    assert min(margins.min() for margins in reference.kept.margins) >= NEAR_TIE
