@@ -164,7 +164,7 @@ class Transformer(nnx.Module):
         beyond = None if room is None else positions >= room
         if beyond is not None:
             positions = jnp.where(beyond, EMPTY, positions)
-        x, rope = self.embed(tokens), self.rope(positions)
+        rope, x = self.rope(positions), self.embed(tokens)
         after = []
         for n, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache[n]

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from oss_model.restoring import METADATA, not_a_checkpoint, restoring
 from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
 
+GROUP_BYTES = 4 << 30  # of parameters that are read at a time: less is slower, more takes more memory meanwhile
+
 
 def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelConfig, mesh: Mesh | None = None) -> Transformer:
     """Load a model.
@@ -42,12 +45,74 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
         `cfg.param_dtype` would round what is stored (float32 to bfloat16, values to MXFP4).
       OutOfMemory: if it does not fit, on the host or on a device.
     """
-    path = Path(checkpoint_path).absolute()
-    if is_orbax(path):
-        return _from_orbax(path, cfg, mesh)
-    if not any(path.glob("*.safetensors")):
-        raise not_a_checkpoint(path, safetensors=True)
-    return _from_safetensors(Checkpoint(path), cfg, mesh)
+    with Loader(checkpoint_path, cfg, mesh) as loader:
+        model = loader.model()
+        for group in loader.groups(parts(model)):
+            loader.load(group)
+    release()
+    return model
+
+
+def parts(model: Transformer) -> dict[str, nnx.Module]:
+    """What a model can be loaded by, in the order in which it is computed: name -> module."""
+    layers = {f"layers.{n}": layer for n, layer in enumerate(model.layers)}
+    return {"embedding": model.embedding, **layers, "norm": model.norm, "lm_head": model.lm_head}
+
+
+class Loader:
+    """A checkpoint, to load a model from or a part of one. Arguments and errors: `create_model_from_checkpoint`.
+
+    Attributes:
+      cfg: as given, `param_dtype` said.
+    """
+
+    def __init__(self, checkpoint_path: str | os.PathLike, cfg: ModelConfig, mesh: Mesh | None = None):
+        path = Path(checkpoint_path).absolute()
+        if not is_orbax(path) and not any(path.glob("*.safetensors")):
+            raise not_a_checkpoint(path, safetensors=True)
+        self.source: _Orbax | _Safetensors = _Orbax(path, cfg, mesh) if is_orbax(path) else _Safetensors(path, cfg, mesh)
+        self.cfg, self.mesh = self.source.cfg, mesh
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.source.close()
+
+    def model(self) -> Transformer:
+        """Without values: each parameter is a `jax.ShapeDtypeStruct`, placed."""
+        return nnx.merge(*abstract_model(self.cfg, self.mesh))
+
+    def groups(self, parts: Mapping[str, nnx.Module]) -> Iterator[dict[str, nnx.Module]]:
+        """Runs of parts that are worth reading together."""
+        group: dict[str, nnx.Module] = {}
+        size = 0
+        for name, module in parts.items():
+            more = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(nnx.state(module)))
+            if group and size + more > GROUP_BYTES:
+                yield group
+                group, size = {}, 0
+            group[name], size = module, size + more
+        if group:
+            yield group
+
+    def load(self, parts: Mapping[str, nnx.Module]) -> None:
+        """Give parameters their values.
+
+        Args:
+          parts: some of a model's (`parts`), by name; their parameters say shape, dtype and place.
+        """
+        states = {name: nnx.state(module) for name, module in parts.items()}
+        variables = {
+            f"{name}.{parameter_name(path)}": variable
+            for name, state in states.items()
+            for path, variable in nnx.to_flat_state(state)
+        }
+        wanted = {name: variable.get_value() for name, variable in variables.items()}
+        for name, value in self.source.read(wanted):
+            variables[name].set_value(value)
+        for name, module in parts.items():
+            nnx.update(module, states[name])
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
@@ -138,70 +203,107 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
     return faults
 
 
-def _from_orbax(path: Path, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
-    stored, dtypes = as_stored(path, cfg)
-    cfg = dataclasses.replace(cfg, param_dtype=_held(path, cfg.param_dtype, dtypes))
-    packed = stored.param_dtype == "mxfp4" != cfg.param_dtype  # and values are asked for
-    graphdef, state = abstract_model(stored if packed else cfg, mesh)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for keys, variable in nnx.to_flat_state(state):
-        value, dtype = variable.get_value(), dtypes[parameter_name(keys)]
-        if cfg.param_dtype == "float32" and dtype != layouts.UINT8:
-            dtype = layouts.FLOAT32  # Orbax widens what it reads
-        variable.set_value(jax.ShapeDtypeStruct(value.shape, dtype, sharding=value.sharding or device))
+class _Orbax:
+    def __init__(self, path: Path, cfg: ModelConfig, mesh: Mesh | None):
+        self.path = path
+        self.stored, self.dtypes = as_stored(path, cfg)
+        self.cfg = dataclasses.replace(cfg, param_dtype=_held(path, cfg.param_dtype, self.dtypes))
+        self.packed = shardings(self.stored, mesh) if mesh is not None else {}
+        wide = {name: layouts.FLOAT32 for name, dtype in self.dtypes.items() if dtype != layouts.UINT8}
+        read = self.dtypes | (wide if self.cfg.param_dtype == "float32" else {})
+        shapes = layouts.parameters(self.stored)
+        self.nbytes = sum(math.prod(shapes[name][0]) * dtype.itemsize for name, dtype in read.items())
+
+    def close(self) -> None: ...
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        """By plain Orbax. Packed experts become values where these are wanted, a map at a time."""
+        reading = {}
+        for name, like in wanted.items():
+            if name in self.dtypes:
+                # Orbax widens what it reads; where inner axes are cut, packed experts' biases may be cut otherwise.
+                wide = like.dtype == layouts.FLOAT32 and self.dtypes[name] != layouts.UINT8
+                reading[name] = (
+                    like.shape,
+                    layouts.FLOAT32 if wide else self.dtypes[name],
+                    self.packed.get(name, like.sharding),
+                )
+            else:
+                for kind in ("blocks", "scales"):
+                    packed = name.removesuffix("weight") + kind
+                    shape, dtype = layouts.parameters(self.stored)[packed]
+                    reading[packed] = (shape, dtype, self.packed.get(packed))
+        arrays = restore_arrays(self.path, reading, self.nbytes)
+        for name, like in wanted.items():
+            if name in arrays:
+                value = arrays.pop(name)
+                yield name, value if like.sharding is None else jax.device_put(value, like.sharding)
+            else:
+                pair = [arrays.pop(name.removesuffix("weight") + kind) for kind in ("blocks", "scales")]
+                dequantize = jax.jit(mxfp4.dequantize, static_argnums=2, out_shardings=like.sharding)
+                yield name, jax.block_until_ready(dequantize(*pair, like.dtype))
+
+
+def restore_arrays(
+    path: Path, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding | None]], nbytes: int | None = None
+) -> dict[str, jax.Array]:
+    """Parameters of an Orbax checkpoint, read by plain Orbax.
+
+    Args:
+      path: of the checkpoint.
+      wanted: parameter -> its shape, the dtype to read it in, and where to place it; this process's first device if None.
+      nbytes: of all that this is a part of, to be said where memory runs out.
+
+    Raises:
+      InputError, OutOfMemory, Incomplete: as `oss_model.restoring.restoring` says.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree: dict = {}
+    for name, (shape, dtype, sharding) in wanted.items():
+        *branches, leaf = name.split(".")
+        node = functools.reduce(lambda node, part: node.setdefault(part, {}), branches, tree)
+        node[leaf] = {"value": jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or here)}
     # At most so much on the way to the devices at a time; without it Orbax reads everything at once, and the peak doubles.
-    sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(state)]
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype, _ in wanted.values()]
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(2, math.ceil(max(sizes) / 1e9)))
-    wanted = ocp.args.PyTreeRestore(item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state))
-    with restoring(path, sum(sizes)):
+    arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+    request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
+    with restoring(path, nbytes or sum(sizes)):
         with ocp.Checkpointer(handler) as checkpointer:
-            state = checkpointer.restore(path, args=wanted)
-        jax.block_until_ready(state)  # copies to the devices go on after Orbax returns, and hold what they copy
-        if packed:
-            parameters = {parameter_name(keys): variable.get_value() for keys, variable in nnx.to_flat_state(state)}
-            del state
-            graphdef, state = abstract_model(cfg, mesh)
-            _unpack(parameters, state)
-    release()
-    return nnx.merge(graphdef, state)
+            tree = checkpointer.restore(path, args=request)
+        jax.block_until_ready(tree)  # copies to the devices go on after Orbax returns, and hold what they copy
+    return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in wanted}  # type: ignore
 
 
-def _unpack(parameters: dict[str, jax.Array], state: nnx.State) -> None:
-    """Fill the state of a model of values from that of a packed one, which is emptied, a map at a time, as it goes."""
-    for keys, variable in nnx.to_flat_state(state):
-        name, value = parameter_name(keys), variable.get_value()
-        if name not in parameters:
-            packed = [parameters.pop(name.removesuffix("weight") + kind) for kind in ("blocks", "scales")]
-            dequantize = jax.jit(mxfp4.dequantize, static_argnums=2, out_shardings=value.sharding)
-            parameters[name] = jax.block_until_ready(dequantize(*packed, value.dtype))
-        held = parameters.pop(name)  # where inner axes are cut, packed experts' biases may be cut otherwise
-        variable.set_value(held if value.sharding is None else jax.device_put(held, value.sharding))
+class _Safetensors:
+    def __init__(self, path: Path, cfg: ModelConfig, mesh: Mesh | None):
+        self.source = source = Checkpoint(path)
+        dtypes = {entry.model: source.dtype(entry) for entry in source.entries()}
+        self.cfg = dataclasses.replace(cfg, param_dtype=_held(source.directory, cfg.param_dtype, dtypes))
+        held = dataclasses.replace(source.cfg, param_dtype=self.cfg.param_dtype)
+        raise_all(_mismatches(source.directory, layouts.parameters(self.cfg), layouts.parameters(held)))
 
+    def close(self) -> None:
+        self.source.shards.close()
 
-def _from_safetensors(source: Checkpoint, cfg: ModelConfig, mesh: Mesh | None) -> Transformer:
-    dtypes = {entry.model: source.dtype(entry) for entry in source.entries()}
-    cfg = dataclasses.replace(cfg, param_dtype=_held(source.directory, cfg.param_dtype, dtypes))
-    graphdef, state = abstract_model(cfg, mesh)
-    variables = {parameter_name(path): variable for path, variable in nnx.to_flat_state(state)}
-    held = dataclasses.replace(source.cfg, param_dtype=cfg.param_dtype)
-    raise_all(_mismatches(source.directory, layouts.parameters(cfg), layouts.parameters(held)))
-    with source.shards:
-        for name, value in _values(source, cfg.param_dtype):
-            where = variables[name].get_value().sharding
-            on_device = (
-                jnp.asarray(value) if where is None else jax.make_array_from_callback(value.shape, where, value.__getitem__)
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        for name, value in _values(self.source, self.cfg.param_dtype, wanted):
+            where = wanted[name].sharding
+            yield (
+                name,
+                jnp.asarray(value) if where is None else jax.make_array_from_callback(value.shape, where, value.__getitem__),
             )
-            variables[name].set_value(on_device)
-    return nnx.merge(graphdef, state)
 
 
-def _values(source: Checkpoint, param_dtype: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every parameter, one at a time."""
+def _values(source: Checkpoint, param_dtype: str | None, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array) of every parameter that is wanted, one at a time."""
     floating = layouts.FLOAT32 if param_dtype == "float32" else layouts.BFLOAT16
     blocks: dict[str, np.ndarray] = {}
     for entry in source.entries():
-        value = entry.to_model(source.read(entry))
         stem, _, kind = entry.model.rpartition(".")
+        if entry.model not in wanted and f"{stem}.weight" not in wanted:
+            continue
+        value = entry.to_model(source.read(entry))
         if kind == "scales":
             raise_all(mxfp4.scale_faults(value, f"{source.directory}: {entry.checkpoint}"))
         if not entry.packed:

@@ -1,8 +1,7 @@
-"""The side that is judged: the parts of our `Transformer`, from an Orbax checkpoint, one layer at a time.
+"""The side that is judged: our `Transformer`, from an Orbax checkpoint, called as people call it.
 
-The taps come out of the blocks people train with: `oss_model.taps` watches and feeds them. A layer's parameters are
-restored by plain Orbax when it is its turn, and freed after. How `Transformer` puts its parts together, and how
-`create_model_from_checkpoint` loads them, is run by the gradients arm alone.
+It is the model that `create_model_from_checkpoint` makes; `oss_model.taps` watches and feeds its parts (`parity.walk`). One
+that does not fit in memory is the same class and the same walk, with a part loaded when it is its turn and freed after.
 """
 
 import contextlib
@@ -12,12 +11,12 @@ import gc
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import psutil
 from flax import nnx
 
 from oss_model import (
@@ -30,30 +29,29 @@ from oss_model import (
     experts,
     init_cache,
 )
-from oss_model.layouts import parameter_name
-from oss_model.params import abstract_model, as_stored, stored_parameters
-from oss_model.restoring import restoring
+from oss_model.params import Loader, abstract_model, as_stored, parts, restore_arrays, stored_parameters
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import configs, forms, gradients, memory
+from parity import configs, forms, gradients, memory, walk
 from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
+WHOLE = 16  # bytes a value: of a model that is run whole, beside the reference's and its forms
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
-Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Candidate:
     """A converted checkpoint.
 
-    Runs op by op, as written, each expert on its own tokens: a layer of the largest model needs no more memory than
-    its stored parameters and one expert, and the result is bitwise that of the whole model run so.
+    Runs op by op, as written. Where the model does not fit, each expert on its own tokens ("loop"): a layer of the largest
+    needs no more memory than its stored parameters and one expert.
 
     Args:
       checkpoint: the directory.
-      expert_path: how experts are computed, if not so (`ModelConfig.expert_path`): "loop", or "auto" if compiled.
+      expert_path: how experts are computed, if not so (`ModelConfig.expert_path`): "auto", or "loop" where it does not fit.
       compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
       source: the safetensors that it was made from, where packed experts are run from if it holds values.
+      memory: bytes to be had, in which a model that takes less is held whole; half of what is free if None.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
@@ -64,15 +62,25 @@ class Candidate:
     """
 
     def __init__(
-        self, checkpoint: str | Path, *, expert_path: str | None = None, compiled: bool = False, source: Path | None = None
+        self,
+        checkpoint: str | Path,
+        *,
+        expert_path: str | None = None,
+        compiled: bool = False,
+        source: Path | None = None,
+        memory: int | None = None,
     ):
         self.path = Path(checkpoint).absolute()
         self.stored = stored_parameters(self.path)
         cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
-        expert_path = expert_path or ("auto" if compiled else "loop")
-        self.cfg, self.compiled = dataclasses.replace(cfg, expert_path=expert_path), compiled
+        self.compiled = compiled
         self.source = source
-        self.large = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
+        values = sum(math.prod(shape) * (2 if name.endswith(".blocks") else 1) for name, (shape, _) in self.stored.items())
+        self.fits = WHOLE * values <= (memory or psutil.virtual_memory().available // 2)
+        self.cfg = dataclasses.replace(cfg, expert_path=expert_path or ("auto" if compiled or self.fits else "loop"))
+        self.models: dict[np.dtype, Transformer] = {}
+        self.parts: walk.Parts | None = None
+        self.large: bool = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
 
     def __str__(self) -> str:
         return str(self.path)
@@ -92,7 +100,13 @@ class Candidate:
 
     @property
     def can(self) -> PortCan:
-        return PortCan(self.settings, gradients=self, least_memory=self, forms=self._forms())
+        return self._can
+
+    @functools.cached_property
+    def _can(self) -> PortCan:
+        return PortCan(
+            self.settings, gradients=self, least_memory=self, forms=self._forms(), calls=None if self.compiled else self
+        )
 
     def _forms(self) -> forms.Forms:
         packed = self.source is not None and Checkpoint(self.source).layout.packed
@@ -104,24 +118,20 @@ class Candidate:
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """int [batch, length] -> [batch, length, hidden] in `dtype`."""
-        embedding = self._filled(self._model(dtype).embedding, self._restore(["embedding.weight"]), "embedding.")
-        return np.asarray(embedding(jnp.asarray(tokens, jnp.int32)))
+        return np.asarray(self.model(np.dtype(dtype)).embedding(jnp.asarray(tokens, jnp.int32)))
 
     def layer(self, n: int) -> "CandidateLayer":
-        return CandidateLayer(self, n, self._restore([name for name in self.stored if name.startswith(f"layers.{n}.")]))
+        return CandidateLayer(self, n)
 
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         """`final_norm` and `logits` in the dtype of x, each from its own input where `forced` has one."""
-        model, arrays = self._model(x.dtype), self._restore(["norm.scale", "lm_head.weight"])
-        model.norm = self._filled(model.norm, arrays, "norm.")
-        model.lm_head = self._filled(model.lm_head, arrays, "lm_head.")
         seen: dict[str, jax.Array] = {}
         with tapping(_watch(seen, forced or {})):
-            model.unembed(jnp.asarray(x))
+            self.model(x.dtype).unembed(jnp.asarray(x))
         return {name: np.asarray(value) for name, value in seen.items()}
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cos, sin = self._model(np.dtype(np.float32)).rope(jnp.asarray(positions, jnp.int32)[None])
+        cos, sin = self.model(np.dtype(np.float32)).rope(jnp.asarray(positions, jnp.int32)[None])
         return np.asarray(cos[0]), np.asarray(sin[0])
 
     def gradients(self, tokens: np.ndarray, routing: list[np.ndarray]) -> Arrays:
@@ -134,63 +144,72 @@ class Candidate:
         """Resident bytes at the peak, all in, of comparing it on a prompt [batch, length]."""
         return memory.least_memory(self, batch, length)
 
+    # --- the whole model --------------------------------------------------------------------------------------------
+
+    def call(self, tokens: np.ndarray, positions: np.ndarray | None, dtype: np.dtype) -> walk.Call:
+        """`model(tokens, positions)`, or `model(tokens)`: see `SupportsCalls`."""
+        model = self.model(np.dtype(dtype))
+        ids, places = jnp.asarray(tokens, jnp.int32), None if positions is None else jnp.asarray(positions, jnp.int32)
+        return walk.Call(lambda: model(ids) if places is None else model(ids, places))
+
+    def model(self, dtype: np.dtype) -> Transformer:
+        """As `create_model_from_checkpoint` makes it; of one that does not fit, a part is loaded when it is its turn."""
+        if dtype not in self.models:
+            cfg = dataclasses.replace(self.cfg, dtype=dtype)
+            if self.fits:
+                self.models[dtype] = create_model_from_checkpoint(self.path, cfg)
+            else:
+                if self.parts is None:
+                    self.parts = walk.Parts(Loader(self.path, cfg), collect=self.large)
+                held = dataclasses.replace(self.parts.loader.cfg, dtype=dtype)
+                self.models[dtype] = self.parts.model(nnx.merge(*abstract_model(held)))
+        return self.models[dtype]
+
+    def _part(self, name: str, dtype: Any = np.float32) -> tuple[str, nnx.Module]:
+        """The part of the model that a parameter is in."""
+        part = ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+        model = self.model(np.dtype(dtype))
+        if self.parts is None:
+            return part, parts(model)[part]
+        self.parts.load(*(("norm", "lm_head") if part in ("norm", "lm_head") else (part,)))
+        return part, self.parts.models[list(self.models).index(np.dtype(dtype))][part]
+
+    def loaded(self, names: Iterable[str]) -> Arrays:
+        """These parameters as they are in the model."""
+        found: dict[str, jax.Array] = {}
+        for name in names:
+            if name not in found:
+                found |= walk.values(*self._part(name))
+        return {name: np.asarray(found[name]) for name in names if name in found}
+
+    def replace(self, name: str, value: np.ndarray) -> None:
+        """Put a parameter right in the model, where the checkpoint has it wrong."""
+        for dtype in self.models:
+            part, module = self._part(name, dtype)
+            walk.replace(name, part, module, value)
+
     def _restore(self, names: Iterable[str]) -> Parameters:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
-        names = list(names)
         if self.large:
             gc.collect()  # the layer before, which Flax leaves in reference cycles
-        tree: dict = {}
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        for name in names:
-            *branches, leaf = name.split(".")
-            node = functools.reduce(lambda node, part: node.setdefault(part, {}), branches, tree)
-            shape, dtype = self.stored[name]
-            node[leaf] = {"value": jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
-        arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-        request = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-        nbytes = sum(math.prod(self.stored[name][0]) * self.stored[name][1].itemsize for name in names)
-        with restoring(self.path, nbytes):
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.restore(self.path, args=request)
-            if self.large:
-                jax.block_until_ready(tree)  # the copy out of Orbax's buffers goes on in the background
-                gc.collect()  # and they too are in cycles
-        return {name: functools.reduce(lambda node, part: node[part], (*name.split("."), "value"), tree) for name in names}  # type: ignore
-
-    def _model(self, dtype: Any) -> Transformer:
-        return nnx.merge(*_structure(dataclasses.replace(self.cfg, dtype=np.dtype(dtype))))
-
-    def _filled(self, module: Module, arrays: Parameters, prefix: str) -> Module:
-        """An abstract module of the real model, with these arrays for parameters."""
-        graphdef, state = nnx.split(module)
-        state = jax.tree.map(lambda leaf: leaf, state)  # variables of its own: the structure is kept and used again
-        for path, variable in nnx.to_flat_state(state):
-            variable.set_value(arrays[prefix + parameter_name(path)])
-        return nnx.merge(graphdef, state)
-
-
-@functools.lru_cache(maxsize=4)
-def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return abstract_model(cfg)
+        found = restore_arrays(self.path, {name: (*self.stored[name], None) for name in names})
+        if self.large:
+            gc.collect()  # and so are Orbax's buffers
+        return found
 
 
 class CandidateLayer:
-    """One `TransformerBlock` with its parameters, in memory once, as stored."""
+    """One `TransformerBlock` of the model."""
 
-    def __init__(self, candidate: Candidate, n: int, arrays: Parameters):
-        self.candidate, self.n, self.arrays = candidate, n, arrays
+    def __init__(self, candidate: Candidate, n: int):
+        self.candidate, self.n = candidate, n
 
     @property
     def can(self) -> LayerCan:
-        return LayerCan(decode=self, restore=self)
-
-    def restore(self, names: Iterable[str]) -> Arrays:
-        """These parameters as stored, from memory."""
-        return {name: np.asarray(self.arrays[name]) for name in names}
+        return LayerCan(decode=self)
 
     def block(self, dtype: Any) -> TransformerBlock:
-        """The real model's block."""
-        return self.candidate._filled(self.candidate._model(dtype).layers[self.n], self.arrays, f"layers.{self.n}.")
+        return self.candidate._part(f"layers.{self.n}", dtype)[1]  # type: ignore[return-value]
 
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         """Every tap of the layer, in the dtype of x.
@@ -202,7 +221,7 @@ class CandidateLayer:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
         run = _run_compiled if self.candidate.compiled else _run
         given = {name: jnp.asarray(forced[name]) for name in LAYER_TAPS if name in forced} if forced else {}
-        seen = run(self.block(x.dtype), self.candidate._model(x.dtype).rope, jnp.asarray(x), positions, given)
+        seen = run(self.block(x.dtype), self.candidate.model(x.dtype).rope, jnp.asarray(x), positions, given)
         return {name: np.asarray(value) for name, value in seen.items()}
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -218,7 +237,7 @@ class CandidateLayer:
           x: [batch, length, hidden].
           choice: int [batch * length, k].
         """
-        block, rope = self.block(x.dtype), self.candidate._model(x.dtype).rope
+        block, rope = self.block(x.dtype), self.candidate.model(x.dtype).rope
         cache = init_cache(self.candidate.cfg, x.shape[0], x.shape[1], x.dtype)[self.n]
         experts, outs = choice.reshape(*x.shape[:2], -1), []
         for t in range(x.shape[1]):

@@ -6,6 +6,7 @@ from layer to layer. Decode: a token at a time on the key-value cache. Bounds an
 `parity.metrics`; what the two sides are in `parity.protocols`.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -27,12 +28,23 @@ from parity.memory import check_free_memory, check_memory, gradient_bytes
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.prompts import Prompt, random_prompt
-from parity.protocols import Arrays, Asked, Oracle, OracleLayer, Port, PortLayer, SupportsRestore
-from parity.recording import Recorder
+from parity.protocols import (
+    Arrays,
+    Asked,
+    Call,
+    Oracle,
+    OracleLayer,
+    Port,
+    PortLayer,
+    SupportsCalls,
+    SupportsRestore,
+)
+from parity.recording import Recorder, digest
 from parity.reports.report import Report, Weight
 
 Progress = Callable[[int, int, str], None]
 _UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
+FORCED = ("semantics", "precision")  # the calls that are fed the reference's values
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
 
@@ -78,7 +90,8 @@ def compare(
     if isinstance(checkpoint, str | Path):
         from parity.candidate import Candidate
 
-        port: Port = Candidate(checkpoint, source=Path(source) if isinstance(source, str | Path) else None)
+        made_from = Path(source) if isinstance(source, str | Path) else None
+        port: Port = Candidate(checkpoint, source=made_from, memory=max_memory)
     else:
         port = checkpoint
     if isinstance(source, str | Path):
@@ -105,7 +118,7 @@ def compare(
             " use --tokens 2 or more, or a longer prompt"
         )
     if max_memory is not None:
-        check_memory(port, prompt.tokens.shape, max_memory, gradients)
+        check_memory(port, prompt.tokens.shape, max_memory, gradients, forms != "none")
     if gradients and port.can.gradients is not None:
         check_free_memory(port)
     watched, recorder = oracle, None
@@ -137,17 +150,49 @@ def compare(
 
 @dataclasses.dataclass
 class _Streams:
-    """The residual streams carried from layer to layer, [batch, length, hidden].
+    """The reference's residual stream from layer to layer, [batch, length, hidden], and the port's calls beside it.
 
-    truth: the reference in float32, the oracle. replayed, own: the port in float32, with the reference's routing and
-    with its own. port16, reference16: both in bfloat16, with the oracle's routing; None without the precision arm.
+    truth: in float32, the oracle. reference16: in bfloat16, with the oracle's routing; None without the precision arm.
+    calls: "semantics" and "precision" are fed the oracle's value at every tap, in float32 and in bfloat16; "replayed" and
+    "replayed16" go by its routing alone, "own" by nothing but the tokens.
+    before: what "replayed" had after the last part.
+    together: whether "own" has chosen no other experts so far: its choice then is that with the routing replayed.
     """
 
     truth: np.ndarray
-    replayed: np.ndarray
-    own: np.ndarray
-    port16: np.ndarray | None = None
+    calls: dict[str, Call]
+    before: np.ndarray
     reference16: np.ndarray | None = None
+    together: bool = True
+
+
+class Assembled:
+    """A call of a port that has no walk of its own: its parts, one after the other (`parity.protocols.Call`)."""
+
+    def __init__(self, port: Port, tokens: np.ndarray, dtype: np.dtype):
+        self.port, self.tokens, self.dtype = port, tokens, dtype
+        self.x: np.ndarray | None = None
+        self.logits: np.ndarray | None = None
+
+    def advance(self, part: int | None, forced: Arrays | None = None) -> Arrays:
+        if self.x is None:
+            taps = {"embedding": self.port.embed(self.tokens, self.dtype)}
+            self.x = (forced or {}).get("embedding", taps["embedding"]).astype(taps["embedding"].dtype)
+        elif part is None:
+            taps = self.port.unembed(self.x, forced)
+            self.logits = taps.get("logits")
+        else:
+            taps = self.port.layer(part).run(self.x, forced)
+            if "layer_out" in taps:
+                self.x = (
+                    (forced or {}).get("layer_out", taps["layer_out"]).reshape(self.x.shape).astype(taps["layer_out"].dtype)
+                )
+        return taps
+
+    def finish(self) -> np.ndarray | None:
+        return self.logits
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -174,17 +219,23 @@ class _Run:
         if sizes != (count, self.oracle.sizes.vocab):
             self.report.lacks(_UNFIT)
             fits = False
-        streams = self.first() if fits else None
-        for n in range(count):
-            self.progress(n, count, f"layer {n}")
-            streams = self.layer(n, streams)
-        self.progress(count, count, "logits")
-        if not self.weights(Parameters("", self.oracle.last_parameters, self.port.restore)):
-            streams = None
-        for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
-            self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
-        if streams is not None:
-            self.last(streams)
+        if fits and self.port.can.calls is None:
+            self.report.warnings.append(
+                f"{self.port}: its parts were put together by check-parity, since it has no calls of its own"
+                " (parity.protocols.SupportsCalls)"
+            )
+        with contextlib.ExitStack() as self.open:
+            streams = self.first() if fits else None
+            for n in range(count):
+                self.progress(n, count, f"layer {n}")
+                streams = self.layer(n, streams)
+            self.progress(count, count, "logits")
+            if not self.weights(Parameters("", self.oracle.last_parameters, self.port.restore)):
+                streams = None
+            for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
+                self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
+            if streams is not None:
+                self.last(streams)
         self.diagnosis.finish()
         if not self.port.stored:
             self.report.lacks("the port shows no parameters, so none were compared")
@@ -196,41 +247,77 @@ class _Run:
     # --- weights ------------------------------------------------------------------------------------------------
 
     def weights(self, parameters: Parameters) -> bool:
-        """Compare parameters; False if one is missing or of another shape, so that nothing can be computed."""
-        fits = True
-        for one in parameters.expected() if self.port.stored else ():
-            name, shape = one.name, one.shape
-            found = self.port.stored.get(name)
-            if found is None:
-                note = "missing in the checkpoint"
-            elif found[0] != shape:
-                note = f"shape {list(found[0])}, should be {list(shape)}"
-            else:
-                got = parameters.restore([name])[name]
-                self.report.weights.append(Weight(name, one.differs(got)))
+        """Compare parameters as stored; False if one is missing or of another shape, so that nothing can be computed.
+
+        What the port then loads must be those bytes. In what it goes by, those that are wrong are put right.
+        """
+        expected = {one.name: one for one in parameters.expected()} if self.port.stored else {}
+        fitting = [name for name, one in expected.items() if self.port.stored.get(name, (None,))[0] == one.shape]
+        stored, wrong, digests = parameters.restore(fitting), [], {}
+        for name, one in expected.items():
+            if name in stored:
+                self.report.weights.append(Weight(name, one.differs(stored[name])))
                 if self.report.weights[-1].note:
-                    self.diagnosis.parameter(one, got, parameters)
-                continue
-            fits = False
-            self.report.weights.append(Weight(name, note))
-        if not fits:
+                    wrong.append(one)
+                    self.diagnosis.parameter(one, stored[name], parameters)
+                if self.port.can.calls is not None:
+                    digests[name] = digest(stored.pop(name))
+            else:
+                found = self.port.stored.get(name)
+                missing = "missing in the checkpoint"
+                note = missing if found is None else f"shape {list(found[0])}, should be {list(one.shape)}"
+                self.report.weights.append(Weight(name, note))
+        if len(fitting) < len(expected):
             self.report.lacks(_UNFIT)
-        return fits
+            return False
+        del stored
+        if self.port.can.calls is not None and digests:
+            self.loaded(self.port.can.calls, digests)
+            for one in wrong:
+                if one.value is not None:
+                    self.port.can.calls.replace(one.name, one.value()[:])
+                    self.report.righted.append(one.name)
+        return True
+
+    def loaded(self, calls: SupportsCalls, digests: dict[str, str]) -> None:
+        """Whether what the calls go by is what is stored."""
+        for name in digests:
+            got = calls.loaded([name]).get(name)
+            self.report.loaded += 1
+            if got is None:
+                self.report.loading.append(Weight(name, "was not loaded"))
+            elif digest(got) != digests[name]:
+                self.report.loading.append(Weight(name, told_apart(self.port.restore([name])[name], got)))
 
     # --- from the first to the last -----------------------------------------------------------------------------
+
+    def start(self, dtype: np.dtype) -> Call:
+        if self.port.can.calls is None:
+            return Assembled(self.port, self.prompt.tokens, dtype)
+        valid, positions = self.prompt.valid, None
+        if not valid.all():
+            positions = np.where(valid, np.arange(valid.shape[1])[None], -1)
+        call = self.port.can.calls.call(self.prompt.tokens, positions, dtype)
+        self.open.callback(call.close)
+        return call
 
     def first(self) -> _Streams:
         positions = self.oracle.rope_positions
         got, want = self.port.rope_tables(positions), self.oracle.rope_tables(positions)
         self.judge.rope(positions, got, want)
         self.explain("rope", {"positions": positions}, np.stack(want[1:]), np.stack(got))
-        tokens = self.prompt.tokens
-        truth, ours = self.oracle.embed(tokens, FLOAT32), self.port.embed(tokens, FLOAT32)
+        names = (["semantics"] if self.report.layers else []) + ["replayed", "own"]
+        calls = {name: self.start(FLOAT32) for name in names}
+        if self.precision:
+            calls |= {name: self.start(BFLOAT16) for name in (["precision"] if self.report.layers else []) + ["replayed16"]}
+        truth = self.oracle.embed(self.prompt.tokens, FLOAT32)
+        forced = {"embedding": truth}
+        found = {name: call.advance(None, forced if name in FORCED else None) for name, call in calls.items()}
+        ours = found["replayed"].get("embedding")
         self.judge.tap(None, "embedding", ours, truth)
-        self.explain("embedding", {"tokens": tokens}, truth, ours)
-        if not self.precision:
-            return _Streams(truth, ours, ours)
-        return _Streams(truth, ours, ours, self.port.embed(tokens, BFLOAT16), self.oracle.embed(tokens, BFLOAT16))
+        self.explain("embedding", {"tokens": self.prompt.tokens}, truth, ours)
+        before = truth if ours is None or ours.size != truth.size else ours
+        return _Streams(truth, calls, before, self.oracle.embed(self.prompt.tokens, BFLOAT16) if self.precision else None)
 
     def layer(self, n: int, streams: _Streams | None) -> _Streams | None:
         """Everything about one layer, whose parameters are in memory meanwhile; returns the streams after it."""
@@ -245,32 +332,33 @@ class _Run:
         expected = parameters.layer
         assert expected is not None
         taps = expected.run(streams.truth)
-        routing = {"expert_choice": taps["expert_choice"]}
-        if self.report.layers:
-            self.semantics(n, parameters, expected, layer, streams.truth, taps)
-            if self.precision:
-                self.judge.precision(n, taps, *(side.run(streams.truth.astype(BFLOAT16), taps) for side in (layer, expected)))
-        free = layer.run(streams.own)
+        calls, routing = streams.calls, {"expert_choice": taps["expert_choice"]}
+        if "semantics" in calls:
+            self.semantics(n, parameters, expected, layer, streams.truth, calls["semantics"].advance(n, taps), taps)
+        if "precision" in calls:
+            self.judge.precision(
+                n, taps, calls["precision"].advance(n, taps), expected.run(streams.truth.astype(BFLOAT16), taps)
+            )
+        free, replay = calls["own"].advance(n), calls["replayed"].advance(n, routing)
+        if not replay and not free:
+            if self.port.can.calls is not None:
+                self.judge.not_run(n)
+            return dataclasses.replace(streams, truth=taps["layer_out"])
         if not self.shows("free run", free, *ROUTING, "layer_out"):
             return None
-        together = streams.replayed is streams.own  # no expert has flipped so far
-        if together and np.array_equal(free["expert_choice"], taps["expert_choice"]):
-            replay = free  # with the reference's routing it is the same run
-        else:
-            replay = layer.run(streams.replayed, routing)
-            if not self.shows("free run", replay, *ROUTING, "layer_out"):
-                return None
-        self.judge.flips(n, taps, free if together else replay, free)
+        self.judge.flips(n, taps, free if streams.together else replay, free)
         self.judge.growth(n, taps["layer_out"], {"replayed": replay["layer_out"], "own": free["layer_out"]})
         if self.decode:
-            self.decoded(n, layer, streams.replayed, taps, replay)
-        after = _Streams(taps["layer_out"], replay["layer_out"], free["layer_out"])
-        if replay is free:
-            after.own = after.replayed
-        if streams.port16 is not None and streams.reference16 is not None:
-            out16 = layer.run(streams.port16, routing)["layer_out"]
-            if self.judge.rounds(out16):
-                after.port16, after.reference16 = out16, expected.run(streams.reference16, routing)["layer_out"]
+            self.decoded(n, layer, streams.before, taps, replay)
+        same = np.array_equal(np.asarray(free["expert_choice"]).reshape(-1), np.asarray(taps["expert_choice"]).reshape(-1))
+        together = streams.together and same
+        after = dataclasses.replace(streams, truth=taps["layer_out"], before=replay["layer_out"], together=together)
+        if streams.reference16 is not None:
+            out16 = calls["replayed16"].advance(n, routing).get("layer_out")
+            if out16 is not None and self.judge.rounds(out16):
+                after.reference16 = expected.run(streams.reference16, routing)["layer_out"]
+            else:
+                after.reference16 = None
         return after
 
     def shows(self, arm: str, found: Arrays, *taps: str) -> bool:
@@ -290,22 +378,27 @@ class _Run:
             )
 
     def last(self, streams: _Streams) -> None:
-        taps = self.oracle.unembed(streams.truth)
-        if self.report.layers:
-            got = self.port.unembed(streams.truth, taps)
+        taps, calls = self.oracle.unembed(streams.truth), streams.calls
+        if "semantics" in calls:
+            got = calls["semantics"].advance(None, taps)
             for name in ("final_norm", "logits"):
                 self.judge.tap(None, name, got.get(name), taps[name])
                 self.explain(name, {"x": streams.truth, "final_norm": taps["final_norm"]}, taps[name], got.get(name))
-            if self.precision:
-                truth16 = streams.truth.astype(BFLOAT16)
-                self.judge.precision(None, taps, *(side.unembed(truth16, taps) for side in (self.port, self.oracle)))
-        last = self.port.unembed(streams.replayed)
-        if not self.shows("free run", last, "logits"):
-            return
-        logits = {"replayed": last["logits"]}
-        logits["own"] = logits["replayed"] if streams.own is streams.replayed else self.port.unembed(streams.own)["logits"]
-        if streams.port16 is not None and streams.reference16 is not None:
-            logits["bfloat16"] = self.port.unembed(streams.port16)["logits"]
+        if "precision" in calls:
+            reference = self.oracle.unembed(streams.truth.astype(BFLOAT16), taps)
+            self.judge.precision(None, taps, calls["precision"].advance(None, taps), reference)
+        logits = {}
+        for name in ("replayed", "own", *(["replayed16"] if streams.reference16 is not None else [])):
+            shown = calls[name].advance(None).get("logits")
+            returned = calls[name].finish()
+            if returned is None or np.size(returned) != taps["logits"].size:
+                self.report.lacks("free run: the port shows no logits, so it was not run to its end")
+                return
+            logits[name] = np.asarray(returned)
+            if name == "own" and shown is not None and "semantics" in calls:
+                self.judge.returned(shown, logits[name])
+        if streams.reference16 is not None:
+            logits["bfloat16"] = logits.pop("replayed16")
             logits["reference_bfloat16"] = self.oracle.unembed(streams.reference16)["logits"]
         self.judge.free_run(taps["logits"], **logits)
 
@@ -315,9 +408,11 @@ class _Run:
             self.diagnosis.tap(None, tap, Parameters("", both, self.port.restore), given, want, got.reshape(want.shape))
 
     def semantics(
-        self, n: int, parameters: Parameters, expected: OracleLayer, layer: PortLayer, x: np.ndarray, taps: Arrays
+        self, n: int, parameters: Parameters, expected: OracleLayer, layer: PortLayer, x: np.ndarray, got: Arrays, taps: Arrays
     ) -> None:
-        got = layer.run(x, taps)
+        """Of each tap, computed from the reference's values: `got` against `taps`."""
+        if not got and self.port.can.calls is not None:
+            return
         positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
         for name in LAYER_TAPS:
             have, want = got.get(name), taps.get(name)
@@ -336,7 +431,8 @@ class _Run:
     def experts(self, n: int, expected: OracleLayer, layer: PortLayer, taps: Arrays, have: np.ndarray) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""
         want, note = taps["mlp_out"], ""
-        missed = np.setdiff1d(np.arange(self.oracle.sizes.experts), taps["expert_choice"])
+        reached = taps["expert_choice"][self.prompt.valid.reshape(-1)]
+        missed = np.setdiff1d(np.arange(self.oracle.sizes.experts), reached)
         if missed.size:
             x = taps["mlp_norm"].reshape(-1, want.shape[-1])
             k = taps["expert_choice"].shape[-1]
@@ -364,6 +460,16 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         if missing:
             report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
+
+
+def told_apart(want: np.ndarray, got: np.ndarray) -> str:
+    """How what was loaded is not what is stored."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"loaded as {got.dtype}{list(got.shape)}, stored as {want.dtype}{list(want.shape)}"
+    apart = got.view(np.uint8).reshape(*got.shape, -1) != want.view(np.uint8).reshape(*want.shape, -1)
+    count = int(apart.any(-1).sum())
+    zero = ", all of them zero" if not got.view(np.uint8).any() else ""
+    return f"{count} of {want.size} values are not those that are stored{zero}"
 
 
 def _versions() -> dict[str, str]:

@@ -340,7 +340,10 @@ class Forms:
     def __init__(self, path: Path, cfg: ModelConfig, packed: Path | None = None):
         self.path, self.cfg = path, dataclasses.replace(cfg, expert_path="auto", param_dtype=None, remat="none")
         self.packed = packed
-        self.holds_packed = not is_orbax(path) or as_stored(path, self.cfg)[0].param_dtype == "mxfp4"
+
+    @functools.cached_property
+    def holds_packed(self) -> bool:
+        return not is_orbax(self.path) or as_stored(self.path, self.cfg)[0].param_dtype == "mxfp4"
 
     @property
     def updates(self) -> tuple[Updates, float]:

@@ -35,6 +35,20 @@ class Judge:
             verdict, notes = "fail" if bad.any() else "ok", "; ".join(part for part in (note, where) if part)
             self._add(layer, name, _bounded(errors.max()), largest, verdict, notes)
 
+    def not_run(self, layer: int) -> None:
+        """Of a layer that the model has and does not run when it is its turn."""
+        if not any(tap.layer == layer and tap.verdict == "fail" for tap in self.report.taps):
+            self._add(layer, "layer_out", 1.0, 0.0, "fail", "the model does not run this layer when it is its turn")
+
+    def returned(self, shown: np.ndarray, logits: np.ndarray) -> None:
+        """What the call gives in the end, against its own last tap: the same values."""
+        if (
+            shown.dtype == logits.dtype
+            and shown.size == logits.size
+            and not np.array_equal(shown.reshape(logits.shape)[self.prompt.valid], logits[self.prompt.valid], equal_nan=True)
+        ):
+            self._add(None, "returned", 1.0, 0.0, "fail", "what the call returns is not what its last tap is")
+
     def choice(self, layer: int, taps: Arrays, got: np.ndarray) -> None:
         """On the reference's own logits the experts must be the same ones; only exact ties may be broken otherwise."""
         logits = taps["router_logits"]

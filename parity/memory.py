@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # What libraries, compiled code and allocators keep beyond what is counted: measured on tiny, 20b and 120b sizes.
 SLACK_BYTES = 512 << 20
+FORMS_BYTES = 640 << 20  # both sides of a small model, or of a replica, and what compiling it in ten ways leaves
 FRAGMENTS_BYTES = 1 << 30  # left in the allocator by reading a layer of this size or more
 
 
@@ -45,7 +46,7 @@ def gradient_bytes(port: Port) -> int:
     return 4 * 4 * sum(values)
 
 
-def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients: bool) -> None:
+def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients: bool, forms: bool = False) -> None:
     """Before the long part. `prompt` is [batch, length].
 
     Raises:
@@ -59,6 +60,8 @@ def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients
     need = port.can.least_memory.least_memory(*prompt)
     if gradients:
         need = max(need, rss() + SLACK_BYTES + gradient_bytes(port))
+    if forms:
+        need = max(need, rss() + SLACK_BYTES + FORMS_BYTES)
     if need > max_memory:
         raise InputError(
             f"--max-memory: expected at least {math.ceil(need / 2**20)}M for this checkpoint and {math.prod(prompt)} tokens,"

@@ -58,6 +58,46 @@ class Expected(NamedTuple):
     value: Callable[[], "np.ndarray | Rows"] | None
 
 
+class Call(Protocol):
+    """A call of the whole model under way: what comes before the layers, each layer, and what comes after are its parts."""
+
+    def advance(self, part: int | None, forced: Arrays | None = None) -> Arrays:
+        """Run the next part, and give its taps, as `Layer.run` does; none if the model does not run it.
+
+        Args:
+          part: the layer's number; None before and after the layers.
+          forced: tap -> value to go on with in place of the model's own, `embedding` and `layer_out` among them.
+        """
+        ...
+
+    def finish(self) -> Any:
+        """The logits that the call gave in the end, [batch, length, vocab]; None if it did not come to its end."""
+        ...
+
+    def close(self) -> None:
+        """Give it up."""
+        ...
+
+
+class SupportsCalls(Protocol):
+    """A port that runs its own walk over the layers: how it puts its parts together is compared too.
+
+    Several calls are made side by side, a part each in turn.
+    """
+
+    def call(self, tokens: np.ndarray, positions: np.ndarray | None, dtype: np.dtype) -> Call:
+        """The whole model called on int [batch, length]; positions are negative on padding, None without any."""
+        ...
+
+    def loaded(self, names: Iterable[str]) -> Arrays:
+        """These parameters, which the calls go by, as they are in memory."""
+        ...
+
+    def replace(self, name: str, value: np.ndarray) -> None:
+        """Give a parameter another value, for all calls: what is wrong in the checkpoint is put right behind it."""
+        ...
+
+
 class SupportsDecode(Protocol):
     """A layer of a port that also computes a token at a time, on a key-value cache."""
 
@@ -202,6 +242,7 @@ class PortCan(NamedTuple):
     gradients: SupportsGradients | None = None
     least_memory: SupportsLeastMemory | None = None
     forms: FormsSubject | None = None
+    calls: SupportsCalls | None = None
 
 
 class Layer(Protocol):

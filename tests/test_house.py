@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("oss_model", "converter", "parity")
 MODULES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-HEAVY = {"torch", "transformers", "accelerate"}
+HEAVY = {"torch", "transformers", "accelerate", "peft"}
 
 
 def imports(source: str) -> set[str]:

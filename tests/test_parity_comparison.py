@@ -27,12 +27,12 @@ from oss_model import (
     mxfp4,
 )
 from oss_model.synthetic import write_checkpoint
-from oss_model.taps import LAYER_TAPS, tapping
+from oss_model.taps import LAYER_TAPS, in_layer, tapping
 from parity import candidate as candidate_module
-from parity import compare, comparison, metrics
+from parity import compare, comparison, metrics, walk
 from parity.candidate import Candidate
 from parity.cli import main
-from parity.prompts import random_prompt
+from parity.prompts import Prompt, random_prompt
 from parity.reference import Reference
 from parity.reports import html, junit
 
@@ -123,29 +123,17 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
 @pytest.mark.parametrize("dtype", ["bfloat16", "mxfp4"])
 def test_a_layer_at_a_time_is_bitwise_the_model_in_memory(monkeypatch, sources, checkpoints, dtype):
     """The same verdict and numbers, to the last bit, with every parameter of both sides in memory at once."""
-    apart = compare(sources["hf"], checkpoints[dtype], dtype="bfloat16", decode=True)
-    candidate, reference = Whole(checkpoints[dtype]), Reference(sources["hf"])
+    lazily = Candidate(checkpoints[dtype], memory=1)
+    assert not lazily.fits
+    apart = compare(sources["hf"], lazily, dtype="bfloat16", decode=True)
+    candidate, reference = Candidate(checkpoints[dtype], expert_path="loop"), Reference(sources["hf"])
+    assert candidate.fits
     together = [reference.layer(n) for n in range(5)]
     monkeypatch.setattr(reference, "layer", lambda n: together[n])
     whole = compare(reference, candidate, dtype="bfloat16", decode=True)
     apart.seconds = whole.seconds = apart.peak_rss_bytes = whole.peak_rss_bytes = 0
     whole.source = str(reference.source)
     assert json.loads(whole.to_json()) == json.loads(apart.to_json())
-
-
-class Whole(Candidate):
-    """One `Transformer` of each dtype, restored whole, whose own blocks are the layers."""
-
-    def _model(self, dtype):
-        if not hasattr(self, "models"):
-            self.models = {
-                name: create_model_from_checkpoint(self.path, dataclasses.replace(self.cfg, dtype=jnp.dtype(name)))
-                for name in ("float32", "bfloat16")
-            }
-        return self.models[np.dtype(dtype).name]
-
-    def _filled(self, module, arrays, prefix):
-        return module
 
 
 def test_compiled_layers_and_every_expert_path_pass(sources, checkpoints):
@@ -200,8 +188,8 @@ def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
     run.experts(0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "ok"
     assert run.report.taps[-1].note == "2 unreached experts fed directly"
-    bias = layer.arrays["layers.0.mlp.down.bias"]
-    layer.arrays["layers.0.mlp.down.bias"] = bias.at[8].add(jnp.ones((), bias.dtype))
+    bias = layer.block(np.float32).mlp.down.bias
+    bias.set_value(bias[...].at[8].add(jnp.ones((), bias.dtype)))
     run.experts(0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "fail"
 
@@ -314,8 +302,9 @@ def without_the_last_layer(self, tokens, positions=None, cache=None):
     """A wrong `Transformer.stream`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     x, rope = self.embed(tokens), self.rope(positions)
-    for block in list(self.layers)[:-1]:
-        x, _ = block(x, positions, rope)
+    for n, block in enumerate(list(self.layers)[:-1]):
+        with in_layer(n):
+            x, _ = block(x, positions, rope)
     return x, None
 
 
@@ -328,24 +317,49 @@ def without_sinks(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "wrong"),
+    ("owner", "name", "wrong", "place"),
     [
-        (Transformer, "stream", without_the_last_layer),
-        (candidate_module, "create_model_from_checkpoint", without_sinks),
+        (Transformer, "stream", without_the_last_layer, {"layer": 1, "tap": "layer_out"}),
+        (candidate_module, "create_model_from_checkpoint", without_sinks, {"layer": 0, "tap": "attn_core"}),
     ],
 )
-def test_how_the_model_is_put_together_shows_in_the_gradients_alone(monkeypatch, tmp_path, cfg, owner, name, wrong):
-    """As docs/parity.md says: parts are put together by the harness itself, but for the gradients."""
+def test_how_the_model_is_loaded_and_put_together_is_compared(monkeypatch, tmp_path, cfg, owner, name, wrong, place):
     two = dataclasses.replace(cfg, num_hidden_layers=2, layer_types=())
     convert(write_checkpoint(tmp_path / "source", two), tmp_path / "checkpoint")
     monkeypatch.setattr(owner, name, wrong)
     jax.clear_caches()
     report = compare(tmp_path / "source", tmp_path / "checkpoint", gradients=True)
     jax.clear_caches()
-    assert all(tap.verdict == "ok" for tap in report.taps)
-    assert report.free_run["verdict"] == "ok"
-    assert report.first_divergence == {"layer": None, "tap": "gradients"}  # the logits are wrong, so all gradients are
+    assert report.first_divergence == place
+    if wrong is without_sinks:
+        assert {one.name: one.note for one in report.loading} == {
+            f"layers.{n}.attn.sinks": "14 of 14 values are not those that are stored, all of them zero" for n in range(2)
+        }
+    else:
+        (failed,) = (tap for tap in report.taps if tap.layer == 1)
+        assert failed.note == "the model does not run this layer when it is its turn"
     assert {"norm.scale", "layers.1.attn.sinks", "layers.0.attn.sinks"} <= {one["name"] for one in report.wrong_gradients}
+
+
+def test_what_a_call_returns_is_compared(monkeypatch, sources, checkpoints):
+    """Logits of the token before: every tap is right."""
+    right = Transformer.__call__
+    monkeypatch.setattr(Transformer, "__call__", lambda self, *given: jnp.roll(right(self, *given), 1, axis=1))
+    report = compare(sources["hf"], checkpoints["bfloat16"])
+    assert report.first_divergence == {"layer": None, "tap": "returned"}
+    assert report.free_run["verdict"] == "fail"
+
+
+def test_rows_of_unequal_length_are_called_with_their_padding(monkeypatch, sources, checkpoints):
+    """A row that sees another's keys, or padding, fails at its place."""
+    tokens = np.random.default_rng(0).integers(0, 509, (2, 28))
+    prompt = Prompt(tokens, np.arange(28)[None] < np.array([[28], [21]]))
+    assert compare(sources["hf"], checkpoints["bfloat16"], prompt=prompt).verdict == "pass"
+    right = layers.RotaryEmbedding.__call__
+    more = lambda self, positions: right(self, positions + jnp.arange(len(positions), dtype=jnp.int32)[:, None])  # noqa: E731
+    monkeypatch.setattr(layers.RotaryEmbedding, "__call__", more)
+    report = compare(sources["hf"], checkpoints["bfloat16"], prompt=prompt)
+    assert report.first_divergence == {"layer": 0, "tap": "q_rope"}
 
 
 # --- differing bytes --------------------------------------------------------------------------------------------
@@ -400,14 +414,19 @@ def test_a_lost_minus_zero_is_a_difference(sources, broken):
 def test_swapped_nibbles_in_a_packed_checkpoint_are_named(sources, broken):
     wrong = broken("layers.2.mlp.gate_up.blocks", lambda value: (value << 4 | value >> 4).astype(np.uint8), "mxfp4")
     report = compare(sources["hf"], wrong, layers=True)
-    assert report.first_divergence == {"layer": 2, "tap": "mlp_out"}
+    assert report.first_divergence == {"layer": 2, "tap": "weights"}
     assert [weight.name for weight in report.weights if weight.note] == ["layers.2.mlp.gate_up.blocks"]
+    assert report.righted == ["layers.2.mlp.gate_up.blocks"]
+    assert all(tap.verdict == "ok" for tap in report.taps)
 
 
-def test_a_transposed_square_matrix_is_found_where_it_acts(sources, broken):
+def test_the_code_is_judged_behind_a_matrix_that_is_wrong(sources, broken):
     """Sizes are distinct here, so a square is cut out: the q/k heads exchanged instead."""
     report = compare(sources["hf"], broken("layers.4.attn.k_proj.weight", lambda value: value[::-1].copy()), layers=True)
-    assert report.first_divergence == {"layer": 4, "tap": "k"}
+    assert report.first_divergence == {"layer": 4, "tap": "weights"}
+    assert report.righted == ["layers.4.attn.k_proj.weight"]
+    assert all(tap.verdict == "ok" for tap in report.taps)
+    assert report.free_run["verdict"] == "ok"
 
 
 def test_a_source_of_another_shape_is_a_divergence_not_a_usage_error(tmp_path, cfg, checkpoints):
@@ -419,12 +438,12 @@ def test_a_source_of_another_shape_is_a_divergence_not_a_usage_error(tmp_path, c
 
 
 def test_a_tap_without_a_partner_is_incomplete(monkeypatch, sources, checkpoints):
-    run = candidate_module.CandidateLayer.run
+    advance = walk.Call.advance
 
     def without_core(self, *args):
-        return {name: value for name, value in run(self, *args).items() if name != "attn_core"}
+        return {name: value for name, value in advance(self, *args).items() if name != "attn_core"}
 
-    monkeypatch.setattr(candidate_module.CandidateLayer, "run", without_core)
+    monkeypatch.setattr(walk.Call, "advance", without_core)
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=True)
     assert (report.verdict, report.exit_code) == ("incomplete", 3)
     assert {tap.tap for tap in report.taps if tap.verdict == "incomplete"} == {"attn_core"}
@@ -503,13 +522,15 @@ def test_without_arguments_the_whole_tool_runs():
     assert result.exit_code == 0, result.output
 
 
-def test_the_first_failing_tap_is_marked(monkeypatch, sources, broken):
-    wrong = broken("layers.2.attn.sinks", lambda value: np.zeros_like(value))
-    result = CliRunner().invoke(main, [str(sources["hf"]), str(wrong), "--layers"])
+def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
+    right = modeling.sink_attention
+    wrong = lambda q, k, v, sinks, visible: right(q, k, v, sinks * 0, visible)  # noqa: E731
+    monkeypatch.setattr(modeling, "sink_attention", wrong)
+    result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), "--layers", "--forms", "none"])
     assert result.exit_code == 1
     (marked,) = (line for line in result.stdout.splitlines() if line.endswith("<- first"))
-    assert marked.split()[:2] == ["2", "attn_core"]
-    assert "first divergence: layer 2, attn_core" in result.stdout
+    assert marked.split()[:2] == ["0", "attn_core"]
+    assert "first divergence: layer 0, attn_core" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,25 +7,29 @@ a comparison.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from oss_model import TransformerBlock, expert_paths, layers, modeling
-from parity.candidate import Candidate, CandidateLayer, Parameters
+from oss_model import Transformer, TransformerBlock, create_model_from_checkpoint, expert_paths, layers, modeling
+from oss_model.params import abstract_model
+from parity.candidate import Candidate, CandidateLayer
 from parity.protocols import Arrays, Settings
+from parity.walk import Call
 
 
 class Injection(NamedTuple):
-    """A mistake: in one block made from a layer's parameters, in code, or in the configuration."""
+    """A mistake: in one block once it is loaded, in code, in the configuration, or in the whole model once it is loaded."""
 
     block: Callable[[TransformerBlock], None] | None = None
     patch: tuple[Any, str, Callable[[Any], Any]] | None = None
     config: Callable[[Any], dict[str, Any]] | None = None
+    model: Callable[[Transformer], None] | None = None
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -41,11 +45,11 @@ class Injection(NamedTuple):
 class Faulty(Candidate):
     """A candidate with a mistake in layer `n`; in all of the model for mistakes that lie outside the layers.
 
-    `read` keeps what was restored from the checkpoint, for others of the same one.
+    `read` keeps the right model of this checkpoint, for others of the same one.
     """
 
-    def __init__(self, checkpoint: Any, fault: str, n: int | None, read: dict[tuple[str, ...], Parameters] | None = None):
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: Any, fault: str, n: int | None, read: dict[Any, Any] | None = None):
+        super().__init__(checkpoint, expert_path="loop")
         self.said = super().settings
         self.read = {} if read is None else read
         self.injection, self.n = INJECTIONS[fault], n
@@ -57,51 +61,75 @@ class Faulty(Candidate):
         """What the files say, which are right: a mistake of the code that `cfg` makes is none of theirs."""
         return self.said
 
-    def _restore(self, names: Iterable[str]) -> Parameters:
-        key = tuple(names)
-        if key not in self.read:
-            self.read[key] = super()._restore(key)
-        return dict(self.read[key])
+    def restore(self, names: Iterable[str]) -> Arrays:
+        wanted = list(names)
+        missing = [name for name in wanted if name not in self.read]
+        if missing:
+            self.read |= super().restore(missing)
+        return {name: self.read[name] for name in wanted}
+
+    def model(self, dtype: np.dtype) -> Transformer:
+        """A copy of the right one, with the mistake in it."""
+        if dtype not in self.models:
+            if dtype not in self.read:
+                self.read[dtype] = create_model_from_checkpoint(self.path, Candidate(self.path, expert_path="loop").cfg)
+            cfg = dataclasses.replace(self.cfg, dtype=dtype)
+            made = nnx.merge(*abstract_model(cfg))
+            nnx.update(made, jax.tree.map(lambda leaf: leaf, nnx.state(self.read[dtype])))
+            self.models[dtype] = made
+            if self.injection.block is not None and self.n is not None:
+                self.injection.block(made.layers[self.n])
+            if self.injection.model is not None:
+                self.injection.model(made)
+        return self.models[dtype]
+
+    def loaded(self, names: Iterable[str]) -> Arrays:
+        """As stored: a mistake in a block's parameters is made by the code that goes by them."""
+        return self.restore(names)
+
+    def call(self, tokens: np.ndarray, positions: np.ndarray | None, dtype: np.dtype) -> Call:
+        return FaultyCall(super().call(tokens, positions, dtype).run, self)
 
     def layer(self, n: int) -> CandidateLayer:
-        layer = super().layer(n)
-        return FaultyLayer(self, n, layer.arrays) if n == self.n else layer
+        return FaultyLayer(self, n)
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        with self._outside():
+        with self.made_in(None):
             return super().embed(tokens, dtype)
 
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
-        with self._outside():
+        with self.made_in(None):
             return super().unembed(x, forced)
 
     def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with self._outside():
+        with self.made_in(None):
             return super().rope_tables(positions)
 
-    def _outside(self) -> contextlib.AbstractContextManager:
-        return self.injection.patched() if self.n is None else contextlib.nullcontext()
+    def made_in(self, part: int | None) -> contextlib.AbstractContextManager:
+        return self.injection.patched() if part == self.n else contextlib.nullcontext()
+
+
+class FaultyCall(Call):
+    """The code is wrong while its part is run."""
+
+    def __init__(self, run: Callable[[], Any], port: Faulty):
+        super().__init__(run)
+        self.port = port
+
+    def advance(self, part: int | None, forced: Mapping[str, np.ndarray] | None = None) -> Arrays:
+        with self.port.made_in(part):
+            return super().advance(part, forced)
 
 
 class FaultyLayer(CandidateLayer):
     candidate: Faulty
 
-    def __init__(self, candidate: Faulty, n: int, arrays: Parameters):
-        super().__init__(candidate, n, arrays)
-        self.injection = candidate.injection
-
-    def block(self, dtype: Any) -> TransformerBlock:
-        block = super().block(dtype)
-        if self.injection.block is not None:
-            self.injection.block(block)
-        return block
-
     def run(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
-        with self.injection.patched():
+        with self.candidate.made_in(self.n):
             return super().run(x, forced)
 
     def experts(self, x: np.ndarray, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        with self.injection.patched():
+        with self.candidate.made_in(self.n):
             return super().experts(x, choice, weights)
 
 
@@ -192,6 +220,15 @@ def _neighbours(right, x, rope):
     cos, sin = (table[:, :, None] for table in rope)
     x1, x2 = x[..., ::2], x[..., 1::2]
     return jnp.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).reshape(x.shape)
+
+
+def _one_late(right, x, rope):
+    """Turned by one position more: by the angles between the first two."""
+    cos, sin = rope
+    size = jnp.hypot(cos[:, :1], sin[:, :1])  # YaRN's concentration
+    near, far = ((cos[:, n : n + 1] / size, sin[:, n : n + 1] / size) for n in (0, 1))
+    step = near[0] * far[0] + near[1] * far[1], near[0] * far[1] - near[1] * far[0]
+    return right(x, (cos * step[0] - sin * step[1], sin * step[0] + cos * step[1]))
 
 
 def _half_of_head(right, x, rope):
@@ -307,13 +344,8 @@ def _interpolated(right):
     return tables
 
 
-def _tied(right):
-    def filled(self, module, arrays, prefix):
-        if prefix == "lm_head.":
-            arrays = {"lm_head.weight": self._restore(["embedding.weight"])["embedding.weight"]}
-        return right(self, module, arrays, prefix)
-
-    return filled
+def _tied(model: Transformer) -> None:
+    model.lm_head.weight.set_value(model.embedding.weight[...])
 
 
 def _softcapped(right):
@@ -386,9 +418,7 @@ INJECTIONS: dict[str, Injection] = {
     "rope-backwards": _rotated(lambda right, x, rope: right(x, (rope[0], -rope[1]))),
     "rope-half-of-head": _rotated(_half_of_head),
     "rope-not-on-k": _code(modeling, "rotate", _only_q),
-    "rope-one-late": _code(
-        layers.RotaryEmbedding, "__call__", lambda right: lambda self, positions: right(self, positions + 1)
-    ),
+    "rope-one-late": _rotated(_one_late),
     "yarn-truncated": _config(rope_truncate=True),
     "yarn-missing": _config(rope_factor=1.0),
     "yarn-linear": _code(layers.RotaryEmbedding, "__call__", _interpolated),
@@ -467,6 +497,6 @@ INJECTIONS: dict[str, Injection] = {
         )
     ),
     "final-norm-unscaled": _norm(lambda self, x: _rms(self, x) / self.scale[...].astype(x.dtype)[None, None]),
-    "lm-head-tied": _code(Candidate, "_filled", _tied),
+    "lm-head-tied": Injection(model=_tied),
     "logits-softcapped": _code(layers.Linear, "__call__", _softcapped),
 }

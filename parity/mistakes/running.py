@@ -57,28 +57,27 @@ class Mistake(NamedTuple):
         jax.clear_caches()
 
 
-def _loaded(change: Callable[[Transformer], None]) -> tuple[tuple[Any, str, Make], ...]:
-    """In a model that was just loaded, from either kind of checkpoint."""
+def _loaded(change: Callable[[TransformerBlock], None]) -> tuple[tuple[Any, str, Make], ...]:
+    """In each block that was just loaded, from either kind of checkpoint."""
 
     def make(right):
-        def load(*given):
-            model = right(*given)
-            change(model)
-            return model
+        def load(self, parts):
+            right(self, parts)
+            for module in parts.values():
+                if isinstance(module, TransformerBlock):
+                    change(module)
 
         return load
 
-    return tuple((params, name, make) for name in ("_from_orbax", "_from_safetensors"))
+    return ((params.Loader, "load", make),)
 
 
-def _without_sinks(model: Transformer) -> None:
-    for block in model.layers:
-        block.attn.sinks.set_value(jnp.zeros_like(block.attn.sinks[...]))
+def _without_sinks(block: TransformerBlock) -> None:
+    block.attn.sinks.set_value(jnp.zeros_like(block.attn.sinks[...]))
 
 
-def _without_windows(model: Transformer) -> None:
-    for block in model.layers:
-        block.attn.window = None
+def _without_window(block: TransformerBlock) -> None:
+    block.attn.window = None
 
 
 def _skipping(right):
@@ -231,7 +230,7 @@ RUNNING: dict[str, Mistake] = {
     ),
     "sinks-lost-in-loading": Mistake("loading", "sinks are zero once loaded", _loaded(_without_sinks), ANY, (0, "attn_core")),
     "windows-lost-in-loading": Mistake(
-        "loading", "no layer has its window once loaded", _loaded(_without_windows), ANY, (0, "attn_core")
+        "loading", "no layer has its window once loaded", _loaded(_without_window), ANY, (0, "attn_core")
     ),
     "rows-see-the-first": Mistake(
         "rows", "other rows see the first one's keys", _attention(_first_rows_keys), ANY, (0, "attn_core")

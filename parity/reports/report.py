@@ -86,6 +86,10 @@ class Report:
     layers: bool = False  # was the semantics arm asked for?
     dtype: str = "float32"  # "bfloat16": the precision arm was asked for
     weights: list[Weight] = dataclasses.field(default_factory=list)
+    loaded: int = 0  # parameters that were loaded, and looked at: they must be the bytes that are stored
+    loading: list[Weight] = dataclasses.field(default_factory=list)  # those that are not
+    righted: list[str] = dataclasses.field(default_factory=list)  # parameters that are not the source's, and were put right in
+    # what the port computes with: the code behind them is judged too
     taps: list[TapResult] = dataclasses.field(default_factory=list)
     free_run: dict[str, Any] | None = None
     growth: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "replayed", "own"}: worst token
@@ -137,6 +141,7 @@ class Report:
     def _divergences(self) -> Iterator[dict[str, Any]]:
         yield from ({"layer": tap.layer, "tap": tap.tap} for tap in self.taps if tap.verdict == "fail")
         yield from ({"layer": None, "tap": "config"} for difference in self.configs if difference["logits"])
+        yield from ({"layer": weight.layer, "tap": "loading"} for weight in self.loading)
         yield from ({"layer": weight.layer, "tap": "weights"} for weight in self.weights if weight.note)
         failing = [self._jump()] if self.free_run is not None and self.free_run["verdict"] == "fail" else []
         failing += [(flip["layer"], "expert_choice") for flip in self.judged_flips if not flip["explained"]]
@@ -192,6 +197,8 @@ class Report:
             "errors": self.errors,
             "precision": self.precision,
             "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
+            "loading": {"checked": self.loaded, "differing": [dataclasses.asdict(weight) for weight in self.loading]},
+            "righted": self.righted,
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
             "growth": self.growth,

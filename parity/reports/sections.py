@@ -35,6 +35,7 @@ def sections(report: Report) -> list[Section]:
     arms = (
         _configuration,
         _weights,
+        _loading,
         _semantics,
         _precision,
         _free_run,
@@ -72,6 +73,22 @@ def _weights(report: Report) -> Iterator[Section]:
         yield Section("weights", verdict, f"not bit-exact: {len(wrong)} of {count} parameters", wrong, table)
     else:
         yield Section("weights", verdict, f"all {count} parameters are bit-exact", [], table)
+
+
+def _loading(report: Report) -> Iterator[Section]:
+    """Whether what the model goes by is what is stored."""
+    if not report.loaded:
+        return
+    wrong = [f"{weight.name}: {weight.note}" for weight in report.loading]
+    table = [f"loading    not what is stored: {one}   FAIL" for one in wrong[:8]]
+    if len(wrong) > 8:
+        table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
+    if report.righted:
+        table.append(f"put right  {len(report.righted)} parameters of the loaded model: the code is judged behind them")
+    headline = f"all {report.loaded} loaded parameters are the stored bytes"
+    if wrong:
+        headline = f"{len(wrong)} of {report.loaded} loaded parameters are not what is stored"
+    yield Section("loading", "fail" if wrong else "ok", headline, wrong, table)
 
 
 def _semantics(report: Report) -> Iterator[Section]:
