@@ -53,6 +53,12 @@ class _Command(click.Command):
     type=click.Choice(["default", "all", "none"]),
     help="Ways to run the whole model, each compared: jit, meshes, caches, generate, ... [default: default with --layers]",
 )
+@click.option(
+    "--expect-changed",
+    multiple=True,
+    metavar="REGEX",
+    help="Parameters that were trained, by whole name: listed, not failed; all others must be exact. May be repeated.",
+)
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")

@@ -9,10 +9,12 @@ from layer to layer. Decode: a token at a time on the key-value cache. Bounds an
 import contextlib
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,17 +23,20 @@ import psutil
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.taps import LAYER_TAPS
-from parity import configs
+from parity import configs, metrics
+from parity import equations as eq
 from parity.forms_arm import compare_forms
 from parity.judge import ROUTING, Judge
 from parity.memory import check_free_memory, check_memory, gradient_bytes
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
+from parity.noise import bound, noise
 from parity.prompts import Prompt, random_prompt
 from parity.protocols import (
     Arrays,
     Asked,
     Call,
+    Expected,
     Oracle,
     OracleLayer,
     Port,
@@ -44,6 +49,7 @@ from parity.reports.report import Report, Weight
 
 Progress = Callable[[int, int, str], None]
 _UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
+NUDGES = 3  # of the reference, where the free run fails: a model may make more of rounding than most, and not always as much
 FORCED = ("semantics", "precision")  # the calls that are fed the reference's values
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -60,6 +66,7 @@ def compare(
     decode: bool = False,
     gradients: bool = False,
     forms: str = "none",
+    expect_changed: Sequence[str] = (),
     record: str | Path | None = None,
     max_memory: int | None = None,
     progress: Progress = lambda done, total, what: None,
@@ -77,6 +84,8 @@ def compare(
       gradients: also compare every parameter's gradient on the longest row of the prompt, of models that fit in memory
         whole.
       forms: "default", "all" or "none" of the ways to run the whole model (`parity.forms`).
+      expect_changed: regular expressions, each matched against whole names of parameters that were trained: they are listed
+        with how far they moved, everything else must be exact, and the code is judged on the source's values.
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       max_memory: resident bytes, all in, that it may take at the most.
@@ -101,7 +110,7 @@ def compare(
     else:
         oracle = source
     window = oracle.sizes.window
-    raise_all(oracle.faults(port, Asked(layers, dtype, gradients)))
+    raise_all([*oracle.faults(port, Asked(layers, dtype, gradients)), *_unmatched(expect_changed, port)])
     if prompt is None and tokens is None:
         prompt = oracle.prompt
     if prompt is None:
@@ -134,7 +143,7 @@ def compare(
             f"{longest} tokens, but faults of the sliding window ({window}) only show from {2 * window} on:"
             f" use --tokens {2 * window}"
         )
-    _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress).whole()
+    _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress, tuple(expect_changed)).whole()
     if gradients and report.free_run is not None:
         row = int(prompt.valid.sum(axis=1).argmax())
         _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
@@ -206,6 +215,7 @@ class _Run:
     precision: bool
     decode: bool
     progress: Progress
+    expect_changed: tuple[str, ...] = ()
 
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
@@ -256,10 +266,14 @@ class _Run:
         stored, wrong, digests = parameters.restore(fitting), [], {}
         for name, one in expected.items():
             if name in stored:
-                self.report.weights.append(Weight(name, one.differs(stored[name])))
-                if self.report.weights[-1].note:
+                weight = Weight(name, one.differs(stored[name]))
+                self.report.weights.append(weight)
+                if weight.note:
                     wrong.append(one)
-                    self.diagnosis.parameter(one, stored[name], parameters)
+                    if any(re.fullmatch(pattern, name) for pattern in self.expect_changed):
+                        weight.note, weight.moved = "", _moved(one, stored[name])
+                    else:
+                        self.diagnosis.parameter(one, stored[name], parameters)
                 if self.port.can.calls is not None:
                     digests[name] = digest(stored.pop(name))
             else:
@@ -381,9 +395,11 @@ class _Run:
         taps, calls = self.oracle.unembed(streams.truth), streams.calls
         if "semantics" in calls:
             got = calls["semantics"].advance(None, taps)
+            given = {"x": streams.truth, "final_norm": taps["final_norm"]}
             for name in ("final_norm", "logits"):
-                self.judge.tap(None, name, got.get(name), taps[name])
-                self.explain(name, {"x": streams.truth, "final_norm": taps["final_norm"]}, taps[name], got.get(name))
+                bounds = self.bounds(None, name, self.outside(), given, taps[name])
+                self.judge.tap(None, name, got.get(name), taps[name], **bounds)
+                self.explain(name, given, taps[name], got.get(name))
         if "precision" in calls:
             reference = self.oracle.unembed(streams.truth.astype(BFLOAT16), taps)
             self.judge.precision(None, taps, calls["precision"].advance(None, taps), reference)
@@ -401,11 +417,31 @@ class _Run:
             logits["bfloat16"] = logits.pop("replayed16")
             logits["reference_bfloat16"] = self.oracle.unembed(streams.reference16)["logits"]
         self.judge.free_run(taps["logits"], **logits)
+        assert self.report.free_run is not None
+        if self.report.free_run["verdict"] == "fail" and self.oracle.prompt is None:
+            for draw in range(NUDGES):
+                self.judge.amplified(taps["logits"], self.nudged(draw))
+
+    def nudged(self, draw: int) -> np.ndarray:
+        """The reference's logits, its routing replayed, where each layer's output is off by what float32 rounds."""
+        rng = np.random.default_rng(draw)
+        right = nudged = self.oracle.embed(self.prompt.tokens, FLOAT32)
+        for n in range(self.oracle.sizes.layers):
+            layer = self.oracle.layer(n)
+            taps = layer.run(right)
+            off = nudged * (1 + metrics.FLOOR * rng.standard_normal(nudged.shape, np.float32))
+            nudged = layer.run(off, {"expert_choice": taps["expert_choice"]})["layer_out"]
+            right = taps["layer_out"]
+        return self.oracle.unembed(nudged)["logits"]
 
     def explain(self, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray | None) -> None:
         if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:
-            both = lambda: (*self.oracle.first_parameters(), *self.oracle.last_parameters())  # noqa: E731
-            self.diagnosis.tap(None, tap, Parameters("", both, self.port.restore), given, want, got.reshape(want.shape))
+            self.diagnosis.tap(None, tap, self.outside(), given, want, got.reshape(want.shape))
+
+    def outside(self) -> Parameters:
+        """Those before the layers, and after."""
+        both = lambda: (*self.oracle.first_parameters(), *self.oracle.last_parameters())  # noqa: E731
+        return Parameters("", both, self.port.restore)
 
     def semantics(
         self, n: int, parameters: Parameters, expected: OracleLayer, layer: PortLayer, x: np.ndarray, got: Arrays, taps: Arrays
@@ -413,22 +449,54 @@ class _Run:
         """Of each tap, computed from the reference's values: `got` against `taps`."""
         if not got and self.port.can.calls is not None:
             return
-        positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+        given = {**taps, "x": x, "positions": np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])}
         for name in LAYER_TAPS:
             have, want = got.get(name), taps.get(name)
             if have is None or want is None or have.size != want.size:
                 self.judge.tap(n, name, have, want)
             elif name == "expert_choice":
                 self.judge.choice(n, taps, have)
-            elif name == "mlp_out":
-                self.experts(n, expected, layer, taps, have)
             else:
-                self.judge.tap(n, name, have, want)
+                bounds = self.bounds(n, name, parameters, given, want)
+                if name == "mlp_out":
+                    self.experts(n, expected, layer, taps, have, **bounds)
+                else:
+                    self.judge.tap(n, name, have, want, **bounds)
             if have is not None and want is not None and self.report.taps[-1].verdict == "fail":
-                given = {**taps, "x": x, "positions": positions}
                 self.diagnosis.tap(n, name, parameters, given, want, have)
 
-    def experts(self, n: int, expected: OracleLayer, layer: PortLayer, taps: Arrays, have: np.ndarray) -> None:
+    def bounds(self, n: int | None, tap: str, parameters: Parameters, given: Arrays, want: np.ndarray) -> dict[str, Any]:
+        """A tap's gates, from its own noise; none where that is not known."""
+        if not self.oracle.settings:
+            return {}
+        settings = self.oracle.settings if n is None else eq.of_layer(self.oracle.settings, n)
+        right = self.diagnosis.right(parameters)
+        kept = self.oracle.oracle if isinstance(self.oracle, Recorder) else self.oracle
+        try:
+            found = noise(kept, self.judge, n, tap, given, right, settings, want)
+        except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
+            self.diagnosis.failed(f"the noise of {tap}", error)
+            return {}
+        if found is None:
+            return {}
+        if found.reference > found.gate:
+            where = tap if n is None else f"layer {n} {tap}"
+            self.report.lacks(
+                f"{where}: the witnesses disagree: PyTorch is {found.reference:.1e} from the equation in float64, whose own"
+                f" noise in float32 is {found.worst:.1e}"
+            )
+        return {"gate": found.gate, "channels": None if found.channels is None else bound(found.channels)}
+
+    def experts(
+        self,
+        n: int,
+        expected: OracleLayer,
+        layer: PortLayer,
+        taps: Arrays,
+        have: np.ndarray,
+        gate: float = metrics.SEMANTICS_GATE,
+        channels: np.ndarray | None = None,
+    ) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""
         want, note = taps["mlp_out"], ""
         reached = taps["expert_choice"][self.prompt.valid.reshape(-1)]
@@ -441,7 +509,7 @@ class _Run:
             both = [side.experts(x, choice, weights).reshape(want.shape) for side in (expected, layer)]
             want, have = np.concatenate([want, both[0]]), np.concatenate([have.reshape(want.shape), both[1]])
             note = f"{missed.size} unreached experts fed directly"
-        self.judge.tap(n, "mlp_out", have, want, note)
+        self.judge.tap(n, "mlp_out", have, want, note, gate, channels)
 
 
 def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -> None:
@@ -460,6 +528,26 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         if missing:
             report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
+
+
+def _unmatched(patterns: Sequence[str], port: Port) -> list[str]:
+    faults = []
+    for pattern in patterns:
+        try:
+            if not any(re.fullmatch(pattern, name) for name in port.stored):
+                faults.append(
+                    f"--expect-changed {pattern!r}: expected to match a parameter such as norm.scale, found none that it does"
+                )
+        except re.error as e:
+            faults.append(f"--expect-changed {pattern!r}: expected a regular expression, found one that is not ({e})")
+    return faults
+
+
+def _moved(expected: Expected, got: np.ndarray) -> float:
+    """How far a parameter is from what it was, relative L2; NaN where that is not known."""
+    if expected.value is None or got.dtype == np.uint8:
+        return math.nan
+    return metrics.rel_l2(got, np.asarray(expected.value()[:]))
 
 
 def told_apart(want: np.ndarray, got: np.ndarray) -> str:

@@ -20,8 +20,20 @@ class Judge:
         self.prompt, self.report = prompt, report
         self._parted: dict[int, int] = {}  # token -> the first layer that it flipped in, on the port's own stream
 
-    def tap(self, layer: int | None, name: str, got: np.ndarray | None, want: np.ndarray | None, note: str = "") -> None:
-        """A tap of the port against the reference's, [batch * copies, length, ...] or [batch * length, ...] both."""
+    def tap(
+        self,
+        layer: int | None,
+        name: str,
+        got: np.ndarray | None,
+        want: np.ndarray | None,
+        note: str = "",
+        gate: float = metrics.SEMANTICS_GATE,
+        channels: np.ndarray | None = None,
+    ) -> None:
+        """A tap of the port against the reference's, [batch * copies, length, ...] or [batch * length, ...] both.
+
+        `channels` bounds each channel's error over its own scale, [hidden].
+        """
         if got is None or want is None:
             side = "candidate" if got is None else "reference"
             self._add(layer, name, 1.0, 0.0, "incomplete", f"the {side} has no such tap")
@@ -29,11 +41,23 @@ class Judge:
             self._add(layer, name, 1.0, 0.0, "fail", f"shape {list(got.shape)}, should be {list(want.shape)}")
         else:
             errors = self.errors(got, want)
-            bad = errors > metrics.SEMANTICS_GATE
+            bad = errors > gate
             where = _which_tokens(np.any(bad, axis=0)) if bad.any() else ""
+            if channels is not None and not bad.any():
+                where = self._wrong_channels(got, want, channels)
             largest = float(metrics.finite(np.abs(got.reshape(want.shape).astype(np.float32) - want)).max())
-            verdict, notes = "fail" if bad.any() else "ok", "; ".join(part for part in (note, where) if part)
-            self._add(layer, name, _bounded(errors.max()), largest, verdict, notes)
+            verdict, notes = "fail" if where else "ok", "; ".join(part for part in (note, where) if part)
+            self._add(layer, name, _bounded(errors.max()), largest, verdict, notes, None, float(gate))
+
+    def _wrong_channels(self, got: np.ndarray, want: np.ndarray, bounds: np.ndarray) -> str:
+        """Channels that are wrong over their own scale, where the whole token does not show it."""
+        rows = np.resize(self.prompt.valid.reshape(-1), want.size // want.shape[-1])
+        got, want = (a.reshape(len(rows), -1)[rows] for a in (got, want))
+        wrong = np.flatnonzero(metrics.channel_rel_l2(got, want) > bounds)
+        if not wrong.size:
+            return ""
+        places = ", ".join(map(str, wrong[:6])) + (", ..." if wrong.size > 6 else "")
+        return f"channels {places} of {want.shape[-1]} over their own scale"
 
     def not_run(self, layer: int) -> None:
         """Of a layer that the model has and does not run when it is its turn."""
@@ -65,7 +89,7 @@ class Judge:
         worst = float(metrics.finite(error / (1 + positions[:, None] * inv_freq[None])).max())
         verdict = "ok" if worst <= metrics.ROPE_GATE else "fail"
         note = f"cos and sin up to position {positions[-1]}"
-        self._add(None, "rope", worst, float(metrics.finite(error).max()), verdict, note)
+        self._add(None, "rope", worst, float(metrics.finite(error).max()), verdict, note, None, metrics.ROPE_GATE)
 
     def precision(self, layer: int | None, truth: Arrays, got: Arrays, reference: Arrays) -> None:
         """Each component in bfloat16 on the oracle's input: its error over the reference's own, noted at its tap."""
@@ -135,6 +159,16 @@ class Judge:
         for name, logits in zip(("own_routing", *others), got[1:], strict=True):
             run[name] = metrics.free_run(want, logits)
         self.report.free_run = run
+
+    def amplified(self, truth: np.ndarray, nudged: np.ndarray) -> None:
+        """The free run again, where the model makes more of rounding than most: by how much the reference itself is moved."""
+        run = self.report.free_run
+        assert run is not None
+        moved = np.abs(nudged[self.prompt.valid] - truth[self.prompt.valid]).max()
+        run["amplified"] = max(run.get("amplified", 0.0), float(metrics.finite(moved)))
+        if run["gate"] < metrics.TIMES * run["amplified"]:
+            run["gate"] = metrics.TIMES * run["amplified"]
+            run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
 
     def errors(self, got: np.ndarray, want: np.ndarray) -> np.ndarray:
         """Relative L2 of each token of the prompt, [batch, length]; padding counts as right."""

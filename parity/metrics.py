@@ -5,16 +5,17 @@ from typing import Any
 
 import numpy as np
 
-# Worst token's relative L2 error of one component, float32 both sides, inputs forced. A right port measured 4e-6 or
-# less over 84 checks, and 33 of 34 injected faults 5.7e-3 or more (the other is numerically equivalent).
+# A tap's gate is so many times its own noise: the equation in float32 against float64, on the same input, the worst token.
+# Right ports measured up to 4 times it, PyTorch 2.1; the floor is a float32's own rounding. Whoever is further from the
+# equation has left it.
+TIMES, FLOOR = 10.0, 2e-7
+# Where that is not known (a parameter whose right value nobody has), and of what is no tap of one component: the worst token's
+# relative L2 error, float32 both sides, inputs forced.
 SEMANTICS_GATE = 1e-4
 # Whole-model float32 logits, max |difference| over max |logit|, the reference's routing replayed: ten times the
 # worst of 16 seeds over 4 to 24 layers (5e-6). Routing and scale faults, and wrong wiring of a block, are five orders above it.
 FREE_RUN_GATE = 5e-5
 FREE_RUN_NOISE = 5e-6  # that worst
-# Which of two sides left an equation: how many times the equation's own noise in float32 (the whole tap's worst token) one
-# may be from it. PyTorch measured up to 2.1 times over all taps of small models; the floor is a float32's own rounding.
-WITNESS_TIMES, WITNESS_FLOOR = 10.0, 2e-7
 # cos and sin, |difference| over (1 + angle). The frequencies come out of pow, which libraries round differently in
 # the last two places (2.4e-7), each side rounds the angle (1.2e-7), and YaRN's concentration multiplies (1.35).
 ROPE_GATE = 1e-6
@@ -62,6 +63,13 @@ def token_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     for token in np.ndindex(batch):  # one at a time: all logits of a long prompt are gigabytes in float64
         relative[token] = rel_l2(got[token], want[token])
     return relative
+
+
+def channel_rel_l2(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """Relative L2 error of each channel over all tokens: [tokens, channels] -> float64 [channels]; of a zero one, absolute."""
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    size = np.linalg.norm(b, axis=0)
+    return finite(np.linalg.norm(a - b, axis=0) / np.where(size > 0, size, 1.0))
 
 
 def error_ratio(port: float, reference: float) -> float:

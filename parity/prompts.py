@@ -24,6 +24,12 @@ def random_prompt(vocab: int, length: int, seed: int) -> Prompt:
     return Prompt(tokens, np.ones(tokens.shape, bool))
 
 
+def unequal_prompt(vocab: int, length: int, seed: int) -> Prompt:
+    """Two random rows, the second of them a quarter shorter."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, (2, length))
+    return Prompt(tokens, np.arange(length)[None] < np.array([[length], [length - length // 4]]))
+
+
 def read_prompt(file: Path, vocab: int, tokenizer: Path) -> Prompt:
     """A JSON list of token ids, or of several such lists; or else text, one prompt.
 

@@ -52,7 +52,7 @@ def test_each_tap_of_a_layer_is_its_equation(reference, walked, checkpoints, pro
         if name == "expert_choice":
             assert np.array_equal(exact, t[name])
             continue
-        noise = max(apart(rounded, exact, prompt.size), metrics.WITNESS_FLOOR)
+        noise = max(apart(rounded, exact, prompt.size), metrics.FLOOR)
         assert noise < 2e-6, name
         assert apart(t[name], exact, prompt.size) < 4 * noise, name
         assert apart(ours[name], exact, prompt.size) < 4 * noise, name

@@ -184,6 +184,8 @@ CODE: list[Fault] = [
          wrong.glu(wrong.halves)),
         ("swiglu-alpha-one", "consistent with swiglu's alpha being 1, should be {alpha}", "a plain SiLU", "gate * sigmoid(alpha * gate)",
          wrong.setting(swiglu_alpha=1.0)),
+        ("swiglu-alpha-rounded", "swiglu's alpha is 1.7, should be {alpha}", "a rounded constant", "gate * sigmoid(alpha * gate)",
+         wrong.setting(swiglu_alpha=1.7)),
         ("swiglu-no-plus-one", "swiglu lacks the + 1 on up", "a plain SwiGLU", "(up + 1) * gate * sigmoid(alpha * gate)",
          wrong.glu(wrong.no_plus_one)),
         ("swiglu-no-clamp", "swiglu does not clamp within what the prompt reaches", "a plain SwiGLU", "gate at most limit, up within ±limit",
@@ -332,7 +334,7 @@ EQUIVALENT: list[Fault] = [
     Fault("mask-finite", "attn_core", "layer", "masked logits are -1e9, should be -inf", "most code",
           "nothing needs doing", "exp(-1e9 - max) is 0 in float32"),
     Fault("norm-eps", "attn_norm", "layer", "consistent with an eps of 1e-6 in RMSNorm, should be {eps}", "the default of Llama",
-          "take rms_norm_eps from the config", "4.5e-6 over the stream's mean square: below the gate from 0.05 on; where it shows, it is named",
+          "take rms_norm_eps from the config", "4.5e-6 over the stream's mean square: below the gate from about 2 on; where it shows, it is named",
           wrong=wrong.setting(rms_norm_eps=1e-6)),
 ]  # fmt: skip
 
@@ -364,6 +366,7 @@ APPLIES: dict[str, Callable[[Settings], bool]] = {
     "yarn-original-length": lambda s: s["rope_original_max_position_embeddings"] != s["max_position_embeddings"],
     "rope-theta": lambda s: s["rope_theta"] != 1e4,
     "swiglu-alpha-one": lambda s: s["swiglu_alpha"] != 1,
+    "swiglu-alpha-rounded": lambda s: s["swiglu_alpha"] == 1.702,
     "swiglu-limit-ten": lambda s: s["swiglu_limit"] != 10,
     "norm-eps": lambda s: s["rms_norm_eps"] == 1e-5,
 }  # fmt: skip

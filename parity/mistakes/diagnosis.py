@@ -7,7 +7,7 @@ Nothing is tried in the port or in PyTorch, so that a recording will do for a re
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from parity.reports.report import Report, Weight
 
 # A mistake is named when it takes the residual below the arm's gate, and at least this many times down.
 COLLAPSE = 10.0
+FINDINGS = 24  # looked into at the most; a mistake of the whole code is one a layer
 MOST = 16  # parameters that are tried: of a fine-tuned model all differ, and experts are gigabytes
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
 # Of each tap, the parameters that it is computed with; those of a layer without its prefix.
@@ -41,18 +42,21 @@ class Explained(NamedTuple):
 
 
 class Diagnosis:
-    """Of one run. Only what diverges first is looked into: later divergences may be its consequences."""
+    """Of one run. Every tap is fed the reference's values, so each that fails has a cause of its own, and is looked into."""
 
     def __init__(self, report: Report, judge: Judge, oracle: Oracle, port: Port):
         self.report, self.judge, self.oracle, self.port, self.done = report, judge, oracle, port, False
+        self.configured = False  # whether the configurations differ: what follows from that is not looked into
         self.window, self.settings = oracle.sizes.window, oracle.settings
         self.looked: set[str] = set()  # parameters that differ, and were tried
         self.explained: dict[str, Explained] = {}  # and what explains them
+        self.told: set[str] = set()  # and what was said of
 
     def configuration(self, port: Settings) -> None:
         """Before anything else: what explains everything that follows from it."""
         self.report.configs = configs.differences(port, self.settings)
         said = [configs.said(one) for one in self.report.configs if one["logits"]]
+        self.configured = bool(said)
         if said:
             fix = "make DST/config.json say what SRC's does; convert-oss copies it"
             self._tell("config", None, "config", "; ".join(said), "config-differs", fix)
@@ -69,7 +73,7 @@ class Diagnosis:
             for one in self._edits(expected, got, parameters):
                 tried.append(one)
         except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
-            self._failed(f"looking into {name}", error)
+            self.failed(f"looking into {name}", error)
         wheres = {fault: where for fault, _, _, where in tried}
         found = _collapsing([(fault, before, after) for fault, before, after, _ in tried], 0.01)
         if found:
@@ -81,7 +85,7 @@ class Diagnosis:
             others = parameters.by_name() if n is not None else self._outside()
             found = edits.undone(expected, got, name, others, () if n is None else self.oracle.elsewhere(n, name))
             return ((fault, 1.0, 0.0, "") for fault in found)  # of a hash: all of it or nothing
-        right = self._right(parameters)
+        right = self.right(parameters)
 
         @functools.cache
         def packed() -> tuple | None:
@@ -101,17 +105,20 @@ class Diagnosis:
         assert value is not None
         return value()[:]
 
-    def _right(self, parameters: Parameters) -> eq.Values:
+    def right(self, parameters: Parameters) -> eq.Values:
         return parameters.right({weight.name for weight in self.report.weights if not weight.note})
 
     def tap(self, n: int | None, tap: str, parameters: Parameters, given: Arrays, want: np.ndarray, got: np.ndarray) -> None:
         """Of a tap that fails on the reference's own inputs `given`; n is None outside the layers."""
-        if self.done or not self.settings or self._weights(n, tap):
+        if not self.settings or self.configured or self._weights(n, tap):
+            return
+        if n is not None and tap in ("q_rope", "k_rope") and any(one["tap"] == "rope" for one in self.report.findings):
+            self._find("code", n, tap, follows={"layer": None, "tap": "rope"})
+            return
+        if len(self.report.findings) >= FINDINGS:
             return
         settings = self.settings if n is None else eq.of_layer(self.settings, n)
-        right, gate = self._right(parameters), metrics.SEMANTICS_GATE
-        if tap == "rope":
-            gate = metrics.ROPE_GATE
+        right, gate = self.right(parameters), self.report.taps[-1].gate
 
         def measure(made: np.ndarray) -> float:
             return self._apart(tap, made, got, given)
@@ -125,16 +132,18 @@ class Diagnosis:
             except UnknownValueError:
                 continue
             except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
-                self._failed(f"trying {fault.name} at {tap}", error)
+                self.failed(f"trying {fault.name} at {tap}", error)
         self._conclude(n, tap, tried, gate, pattern(tap, got, {**given, tap: want}, self.judge) if n is not None else "")
 
     def finish(self) -> None:
         """When every parameter has been seen: where nothing but weights is wrong, or what one alone could not tell."""
-        differing = self._differing("")
-        if differing and not self.done:
+        differing = [one for one in self._differing("") if one.name not in self.told]
+        if differing and not self.configured:
             first = next((one for one in differing if one.name in self.explained), differing[0])
             self._tell_of(first, f" (and {len(differing) - 1} parameters more)" if len(differing) > 1 else "")
         found = self.report.diagnosis
+        if found is not None and found["cause"] != "weights":
+            found = next((one for one in self.report.findings if one["cause"] == "weights"), None)
         both = ("embedding-is-lm-head", "lm-head-is-embedding")
         halves = [self.explained[name].found[0][0] for name in ("embedding.weight", "lm_head.weight") if name in self.explained]
         if found is not None and found["name"] in both and halves == list(both):
@@ -147,6 +156,7 @@ class Diagnosis:
     def _tell_of(self, weight: Weight, rest: str) -> None:
         """That a parameter differs, by its known mistake if it has one."""
         known = self.explained.get(weight.name)
+        self.told.add(weight.name)
         if known is None:
             said = f"it is not that of SRC: {weight.note}{rest}"
             self._tell("weights", weight.layer, weight.name, said, "weights-differ", _CONVERT)
@@ -168,10 +178,13 @@ class Diagnosis:
     def _weights(self, n: int | None, tap: str) -> bool:
         """Whether a parameter that the tap is computed with differs; then that is what is said."""
         prefix = "" if n is None else f"layers.{n}."
-        differing = [one for part in PARAMETERS.get(tap, ()) for one in self._differing(prefix + part)]
+        parts = (one for part in PARAMETERS.get(tap, ()) for one in self._differing(prefix + part))
+        differing = [one for one in parts if one.name not in self.report.righted]
         if not differing:
             return False
         first = next((one for one in differing if one.name in self.explained), differing[0])
+        if first.name in self.told:
+            return True
         others = [one.name for one in differing if one is not first]
         self._tell_of(first, f" (and {', '.join(others)})" if others else "")
         return True
@@ -200,15 +213,16 @@ class Diagnosis:
         except UnknownValueError:
             return False
         except Exception as error:  # a bug of ours, as below
-            self._failed(f"the equation of {tap}", error)
+            self.failed(f"the equation of {tap}", error)
             return False
         noise, reference, port = (self._apart(tap, exact, one, given) for one in (rounded, want, got))
-        bound = metrics.WITNESS_TIMES * max(noise, metrics.WITNESS_FLOOR)
-        left = [side for side, off in (("PyTorch", reference), ("the port", port)) if off > bound]
+        limit = metrics.TIMES * max(noise, metrics.FLOOR)
+        left = [side for side, off in (("PyTorch", reference), ("the port", port)) if off > limit]
         where = tap if n is None else f"layer {n} {tap}"
-        self.report.witness = {
-            "layer": n, "tap": tap, "noise": noise, "reference": reference, "port": port, "left": left
-        }  # fmt: skip
+        if self.report.witness is None:
+            self.report.witness = {
+                "layer": n, "tap": tap, "noise": noise, "reference": reference, "port": port, "left": left
+            }  # fmt: skip
         if "PyTorch" not in left:
             return False
         self.done = True
@@ -221,41 +235,48 @@ class Diagnosis:
 
     @staticmethod
     def _made(fault: Fault, tap: str, given: Arrays, right: eq.Values, settings: Settings) -> np.ndarray:
-        """float32 will do: a mistake is four orders above its noise."""
         assert fault.wrong is not None
-        return fault.wrong.tap(tap, given, right, settings, np.float32)
+        return fault.wrong.tap(tap, given, right, settings)
 
-    def _failed(self, doing: str, error: Exception) -> None:
+    def failed(self, doing: str, error: Exception) -> None:
         self.report.errors.append(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _conclude(self, layer: int | None, tap: str, tried: list[tuple[str, float, float]], gate: float, where: str) -> None:
         """Of a tap whose parameters are right."""
-        self.done = True
-        self.report.explained = tap if layer is None else f"layer {layer} {tap}"
-        self.report.pattern = where
-        self.report.tried = len(tried)
+        if not self.done:
+            self.report.explained = tap if layer is None else f"layer {layer} {tap}"
+            self.report.pattern, self.report.tried = where, len(tried)
         if found := _collapsing(tried, gate):
             (name, before, after), *others = found
             fault = catalogue.CATALOGUE[name]
             says = catalogue.sentence(fault, self.window, self.settings)
-            self._tell("code", layer, tap, says, name, fault.fix, (before, after), others)
+            self._tell("code", layer, tap, says, name, fault.fix, (before, after), others, where)
+        else:
+            self._find("code", layer, tap, pattern=where, tried=len(tried))
+        self.done = True
 
     def _tell(
         self, cause: str, layer: int | None, tap: str, says: str, name: str, fix: str,
         residuals: tuple[float | None, float | None] = (None, None), others: Iterable[tuple[str, float, float]] = (),
+        where: str = "",
     ) -> None:  # fmt: skip
-        self.done = True
-        self.report.diagnosis = {
-            "cause": cause,
+        found = {
             "fault": says,
             "name": name,
-            "layer": layer,
-            "tap": tap,
             "residual_before": residuals[0],
             "residual_after": residuals[1],
             "fix": fix,
             "others": [{"name": other, "residual_after": left} for other, _, left in others],
         }
+        told = self._find(cause, layer, tap, pattern=where, **found)
+        if not self.done:
+            self.report.diagnosis = told
+        self.done = True
+
+    def _find(self, cause: str, layer: int | None, tap: str, **found: Any) -> dict[str, Any]:
+        one = {"cause": cause, "layer": layer, "tap": tap, "fault": None, "name": None, "pattern": "", "follows": None} | found
+        self.report.findings.append(one)
+        return one
 
 
 def _collapsing(tried: Iterable[tuple[str, float, float]], gate: float) -> list[tuple[str, float, float]]:

@@ -462,6 +462,7 @@ INJECTIONS: dict[str, Injection] = {
     "router-weights-reversed": _weigh(lambda logits, chosen, choice: jax.nn.softmax(chosen, axis=-1)[:, ::-1]),
     "gate-up-exchanged": _gate(lambda right, gate, up, cfg: right(up, gate, cfg)),
     "gate-up-halves": _gate(_halves),
+    "swiglu-alpha-rounded": _gate(lambda right, gate, up, cfg: _glu(jnp.minimum(gate, cfg.swiglu_limit), _clip(up, cfg), 1.7)),
     "swiglu-alpha-one": _gate(lambda right, gate, up, cfg: _glu(jnp.minimum(gate, cfg.swiglu_limit), _clip(up, cfg), 1.0)),
     "swiglu-no-plus-one": _gate(
         lambda right, gate, up, cfg: _glu(jnp.minimum(gate, cfg.swiglu_limit), _clip(up, cfg) - 1, cfg.swiglu_alpha)

@@ -78,7 +78,7 @@ def tip(tap: TapResult) -> str:
 
 
 def _gate(tap: TapResult) -> float:
-    return metrics.ROPE_GATE if tap.tap == "rope" else metrics.SEMANTICS_GATE
+    return tap.gate
 
 
 def _first(report: Report) -> dict[str, Any] | None:

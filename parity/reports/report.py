@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN
+from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN, SEMANTICS_GATE
 
 
 def layer_of(name: str) -> int | None:
@@ -26,10 +26,14 @@ EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
 
 @dataclasses.dataclass
 class Weight:
-    """One parameter: `note` says how it differs, and is empty where it is bit-exact."""
+    """One parameter: `note` says how it differs, and is empty where it is bit-exact, or was expected to change.
+
+    `moved` is how far it then is from what it was, relative L2: NaN where that is not known, None where it is exact.
+    """
 
     name: str
     note: str = ""
+    moved: float | None = None
 
     @property
     def layer(self) -> int | None:
@@ -40,7 +44,7 @@ class Weight:
 class TapResult:
     """One component of one layer, fed the reference's own input.
 
-    `worst_token_rel_l2` is the number judged. `port_over_reference` is the precision arm's: the port's error against
+    `worst_token_rel_l2` is the number judged, by `gate`. `port_over_reference` is the precision arm's: the port's error against
     the float32 oracle over the reference's own, both in bfloat16.
     """
 
@@ -51,6 +55,7 @@ class TapResult:
     verdict: str  # "ok", "fail" or "incomplete"
     note: str = ""
     port_over_reference: float | None = None
+    gate: float = SEMANTICS_GATE
 
     @property
     def place(self) -> str:
@@ -106,6 +111,9 @@ class Report:
     warnings: list[str] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)  # of the diagnosis itself, which are bugs
     diagnosis: dict[str, Any] | None = None  # {"cause", "fault", "residual_before", "residual_after", ...}: what explains it
+    findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of every tap that fails and every group of
+    # parameters that differ, in the order found: as `diagnosis`, "fault" and "name" None where no known mistake explains it,
+    # and "pattern", and "follows": None, or {"layer", "tap"} of what it is a consequence of
     witness: dict[str, Any] | None = None  # of the tap of the diagnosis: {"layer", "tap", "noise", "reference", "port",
     # "left"}: how far each side is from the equation, what its own noise is, and who is further than that
     pattern: str = ""  # of the first divergence: which heads, experts, channels
@@ -178,12 +186,14 @@ class Report:
     def to_json(self) -> str:
         from parity.reports.sections import sections
 
-        differing = [dataclasses.asdict(weight) for weight in self.weights if weight.note]
+        differing = [{"name": weight.name, "note": weight.note} for weight in self.weights if weight.note]
+        changed = [{"name": weight.name, "moved": _json(weight.moved)} for weight in self.weights if weight.moved is not None]
         found = {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
             "first_divergence": self.first_divergence,
             "diagnosis": self.diagnosis,
+            "findings": self.findings,
             "witness": self.witness,
             "pattern": self.pattern,
             "tried": self.tried,
@@ -196,8 +206,13 @@ class Report:
             "warnings": self.warnings,
             "errors": self.errors,
             "precision": self.precision,
-            "weights": {"checked": len(self.weights), "exact": len(self.weights) - len(differing), "differing": differing},
-            "loading": {"checked": self.loaded, "differing": [dataclasses.asdict(weight) for weight in self.loading]},
+            "weights": {
+                "checked": len(self.weights),
+                "exact": len(self.weights) - len(differing) - len(changed),
+                "differing": differing,
+                "changed": changed,
+            },
+            "loading": {"checked": self.loaded, "differing": [{"name": one.name, "note": one.note} for one in self.loading]},
             "righted": self.righted,
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
@@ -220,3 +235,8 @@ class Report:
         from parity.reports.table import table
 
         return table(self)
+
+
+def _json(number: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(number) else number

@@ -61,18 +61,27 @@ def _configuration(report: Report) -> Iterator[Section]:
 
 def _weights(report: Report) -> Iterator[Section]:
     wrong = [f"{weight.name}: {weight.note}" for weight in report.weights if weight.note]
-    count, exact = len(report.weights), len(report.weights) - len(wrong)
+    changed = [weight for weight in report.weights if weight.moved is not None]
+    count, exact = len(report.weights), len(report.weights) - len(wrong) - len(changed)
     verdict = "fail" if wrong else "ok"
     line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {'bit-exact, decoded by transformers':<36} "
     table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
+    if changed:
+        moved = [weight.moved or 0.0 for weight in changed]
+        table.append(
+            f"          {len(changed)} changed, as expected: moved by {min(moved):.1e} to {max(moved):.1e} (relative L2)"
+        )
     if not count:
         yield Section("weights", "incomplete", "no parameter was compared", [], table)
     elif wrong:
         yield Section("weights", verdict, f"not bit-exact: {len(wrong)} of {count} parameters", wrong, table)
     else:
-        yield Section("weights", verdict, f"all {count} parameters are bit-exact", [], table)
+        said = f"; {len(changed)} changed, as expected" if changed else ""
+        lines = [f"{weight.name}: moved by {weight.moved:.1e}" for weight in changed]
+        yield Section("weights", verdict, f"all {exact} other parameters are bit-exact{said}" if changed
+                      else f"all {count} parameters are bit-exact", lines, table)  # fmt: skip
 
 
 def _loading(report: Report) -> Iterator[Section]:
@@ -133,6 +142,9 @@ def _free_run(report: Report) -> Iterator[Section]:
         verdict = {"ok": "ok", "fail": "FAIL"}.get(one.get("verdict", ""), "")
         logit = f"max |d logit| {one['max_abs']:.1e} of {one['max_logit']:.3g}"
         table.append(f"free run  {name:<16} {logit}   {kl}   {verdict}".rstrip())
+    if "amplified" in run:
+        moved = f"moves by up to {run['amplified']:.1e}: bound {run['gate']:.1e}"
+        table.append(f"          PyTorch itself, nudged by what float32 rounds, {moved}")
     headline = f"max |difference of logits| {run['max_abs']:.3e}, bound {run['gate']:.3e}"
     lines = [f"KL {run['kl_mean']:.3e} mean, {run['kl_max']:.3e} max; top-1 {run['top1']:.2%}"]
     yield Section("free run", run["verdict"], headline, lines, table)
@@ -234,12 +246,34 @@ def _diagnosis(report: Report) -> Iterator[Section]:
         why = f"none of the {report.tried} known mistakes of this place explains it"
         why = why if report.tried else "no known mistake could be tried here; it takes SRC and PyTorch"
         said = [f"diagnosis: {report.explained}: {why}{pattern}"]
+    said += _others(report)
     if report.witness is not None and report.witness["left"]:
         one = report.witness
         distances = f"PyTorch {one['reference']:.1e}, the port {one['port']:.1e}, what float32 rounds {one['noise']:.1e}"
         said.append(f"  third witness, from the equation in float64: {distances}")
     first = f"first divergence: {place}, {where['tap']}"
     yield Section("diagnosis", "info", first, [line.strip() for line in said], [first, *said])
+
+
+def _others(report: Report) -> list[str]:
+    """What else is wrong by itself, layers of the same mistake together; what follows from something is said to."""
+    rest: dict[tuple, list[int | None]] = {}
+    for one in report.findings:
+        if one is not report.diagnosis and not (one["fault"] is None and _place(one) == report.explained):
+            said = one["fault"] or ", ".join(part for part in ("no known mistake explains it", one["pattern"]) if part)
+            if one["follows"] is not None:
+                said = f"follows from {_place(one['follows'])}"
+            rest.setdefault((one["tap"], said, one["name"]), []).append(one["layer"])
+    lines = []
+    for (tap, said, name), layers in rest.items():
+        inside = [str(layer) for layer in layers if layer is not None]
+        where = f"layer{'s' * (len(inside) > 1)} {', '.join(inside)} " if inside and "." not in tap else ""
+        lines.append(f"also wrong: {where}{tap}: {said}{f'   [{name}]' if name else ''}")
+    return lines
+
+
+def _place(one: dict[str, Any]) -> str:
+    return one["tap"] if one["layer"] is None else f"layer {one['layer']} {one['tap']}"
 
 
 def residuals(diagnosis: dict) -> str:

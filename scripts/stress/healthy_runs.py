@@ -3,18 +3,25 @@
 
     .venv/bin/python scripts/stress/healthy_runs.py --runs 120
 
-Every run has weights, a layout, a prompt and a path of its own; half have the precision arm. Prints the largest of each
+Every run has weights, a layout, a prompt and a path of its own, some of them legal and far from usual; half have the precision
+arm. Prints the largest of each
 number that is judged, over its bound, and how many runs did not pass; exits 1 if any did not.
 """
 
 import argparse
+import dataclasses
 import itertools
+import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from converter import convert
 from oss_model import ModelConfig
@@ -31,6 +38,30 @@ PATHS: tuple[dict[str, Any], ...] = (
     {"compiled": True},
 )
 DTYPES = ("float32", "bfloat16")
+# Legal, and far from what is drawn: (of the configuration, of the tensors of a Hugging Face checkpoint whose name matches).
+Edit = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
+EXTREMES: dict[str, tuple[dict[str, Any], tuple[Edit, ...]]] = {
+    "as drawn": ({}, ()),
+    "all layers full": ({"layer_types": ("full_attention",) * 5}, ()),
+    "all layers sliding": ({"layer_types": ("sliding_attention",) * 5}, ()),
+    "one expert a token": ({"num_experts_per_tok": 1}, ()),
+    "every expert for every token": ({"num_experts_per_tok": 9}, ()),
+    "very sharp attention": ({}, ((r".*q_proj.*", lambda t: t * 100),)),
+    "large norms": ({}, ((r".*layernorm.weight", lambda t: t * 10),)),
+    "a massive channel": ({}, ((r".*embed_tokens.*", lambda t: torch.cat([t[:, :1] * 1e4, t[:, 1:]], 1)),)),
+    "experts never chosen": ({}, ((r".*router.bias", lambda t: torch.cat([t[:-3], t[-3:] - 1e3])),)),
+    "near-ties": ({}, ((r".*router.weight", lambda t: t.round(decimals=1) / 8),)),
+}
+
+
+def edited(source: Path, edits: tuple[Edit, ...]) -> None:
+    for file in source.glob("*.safetensors") if edits else ():
+        tensors = load_file(file)
+        for pattern, change in edits:
+            for name in tensors:
+                if re.fullmatch(pattern, name):
+                    tensors[name] = change(tensors[name].float()).to(tensors[name].dtype).contiguous()
+        save_file(tensors, file, {"format": "pt"})
 
 
 def judged(report: Report) -> dict[str, float]:
@@ -39,7 +70,7 @@ def judged(report: Report) -> dict[str, float]:
     ratios = [tap.port_over_reference for tap in report.taps if tap.port_over_reference is not None]
     taps = {tap.tap: tap for tap in report.taps}
     found = {
-        "semantics": max(tap.worst_token_rel_l2 for tap in report.taps if tap.tap != "rope") / metrics.SEMANTICS_GATE,
+        "semantics": max(tap.worst_token_rel_l2 / tap.gate for tap in report.taps if tap.tap != "rope"),
         "rope": taps["rope"].worst_token_rel_l2 / metrics.ROPE_GATE,
         "free run": report.free_run["max_abs"] / report.free_run["gate"],
     }
@@ -57,16 +88,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for run in range(runs):
             (layout, stored), path, dtype = kinds[run % len(kinds)]
+            name, (changes, edits) = list(EXTREMES.items())[run % len(EXTREMES)]
+            layout = "hf" if edits else layout
             source, checkpoint = Path(scratch) / f"source-{run}", Path(scratch) / f"checkpoint-{run}"
-            write_checkpoint(source, ModelConfig.tiny(), seed=run, layout=layout)
+            write_checkpoint(source, dataclasses.replace(ModelConfig.tiny(), **changes), seed=run, layout=layout)
+            edited(source, edits)
             convert(source, checkpoint, stored)
             report = compare(source, Candidate(checkpoint, **path), dtype=dtype, seed=run)
-            for name, ratio in judged(report).items():
-                largest[name] = max(largest.get(name, 0.0), ratio)
+            for what, ratio in judged(report).items():
+                largest[what] = max(largest.get(what, 0.0), ratio)
+            shutil.rmtree(source)
+            shutil.rmtree(checkpoint)
             flips += len(report.flips)
             if report.verdict != "pass":
                 alarms += 1
-                print(f"run {run}: {layout} {stored} {path} {dtype}\n{report.table()}", flush=True)
+                print(f"run {run}: {name}, {layout} {stored} {path} {dtype}\n{report.table()}", flush=True)
     for name, ratio in largest.items():
         print(f"{name:<10} at most {ratio:.3f} of its bound")
     print(f"{runs} healthy runs, {flips} expert flips, {alarms} false alarms")
