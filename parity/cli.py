@@ -168,11 +168,16 @@ def _two_prompts(context: click.Context) -> list[str]:
 
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # they are there already
+        jax.config.update("jax_num_cpu_devices", 8)  # mistakes of meshes are put into this process
     from converter import convert
+    from parity.mistakes.running import RUNNING
     from parity.mistakes.selftest import self_test
 
     with _progress_bar() as progress:
-        result = self_test(scratch, convert, progress=progress)
+        result = self_test(scratch, convert, running=RUNNING, progress=progress)
     click.echo(result.table())
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code

@@ -8,7 +8,7 @@ of the logits.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,19 @@ BFLOAT16 = "bfloat16"
 
 
 def compare_forms(
-    port: Port, oracle: Oracle, report: Report, which: str, *, fits: bool, seed: int, progress: Callable[[int, int, str], None]
+    port: Port,
+    oracle: Oracle,
+    report: Report,
+    which: str | Sequence[str],
+    *,
+    fits: bool,
+    seed: int,
+    progress: Callable[[int, int, str], None],
 ) -> None:
     """Fill `report.forms`.
 
     Args:
-      which: "default" or "all".
+      which: "default", "all", or names of forms.
       fits: whether the model itself is run; else a replica of it with smaller sizes.
       seed: of the rows, and of a replica.
     """
@@ -83,8 +90,10 @@ class _Arm:
     on: str
     directory: Path | None
 
-    def run(self, which: str, seed: int, progress: Callable[[int, int, str], None]) -> None:
-        forms = self.subject.forms(which == "all")
+    def run(self, which: str | Sequence[str], seed: int, progress: Callable[[int, int, str], None]) -> None:
+        forms = self.subject.forms(which != "default")
+        if not isinstance(which, str):
+            forms = {name: forms[name] for name in which}
         window = self.subject.cfg.sliding_window
         longest = min(int(2.5 * window) + 1, self.subject.cfg.max_position_embeddings // 2)
         question = Question(

@@ -17,7 +17,7 @@ from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.mistakes import catalogue as faults
-from parity.mistakes import selftest
+from parity.mistakes import running, selftest
 from parity.mistakes.corruption import CHECKPOINT, SOURCE
 from parity.mistakes.edits import EDITS
 from parity.mistakes.injection import INJECTIONS, Faulty
@@ -113,6 +113,7 @@ def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
 def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(faults, "CATALOGUE", {name: faults.CATALOGUE[name] for name in ("sinks-zeroed",)})
     monkeypatch.setattr(selftest, "CATALOGUE", faults.CATALOGUE)
+    monkeypatch.setattr(running, "RUNNING", {"ragged-wrong": running.RUNNING["ragged-wrong"]})
     run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
     assert (run.exit_code, run.stdout.splitlines()[0]) == (0, "self-test   1 mistakes, 9 runs")
     assert json.loads((tmp_path / "out.json").read_text())["exit_code"] == 0

@@ -366,7 +366,9 @@ def _rescaled(right):
         logits = jnp.einsum("blnd,bmnd->bnlm", q, k, precision="highest") * q.shape[-1] ** -0.5
         logits = jnp.where(visible[:, None], logits, -jnp.inf)
         left = jax.nn.sigmoid(jax.nn.logsumexp(logits, axis=-1) - sinks.astype(jnp.float32)[None, :, None])
-        core = jnp.einsum("bnlm,bmnd->blnd", jax.nn.softmax(logits, axis=-1), v, precision="highest")
+        seen = visible.any(axis=-1)[:, None, :, None]  # padding sees nothing, and would become NaN
+        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, 0), axis=-1), 0)
+        core = jnp.einsum("bnlm,bmnd->blnd", weights, v, precision="highest")
         return core * jnp.swapaxes(left, 1, 2)[..., None]
 
     return attend
@@ -435,7 +437,9 @@ INJECTIONS: dict[str, Injection] = {
     "window-missing": _attribute("attn.window", lambda window, block: None),
     "window-on-full-layer": _attribute("attn.window", lambda window, block: block.mlp.cfg.sliding_window),
     "causal-mask-missing": _visible(lambda right, queries, keys, window: jnp.ones((*queries.shape, keys.shape[1]), bool)),
-    "self-not-seen": _visible(lambda right, queries, keys, window: queries[:, :, None] > keys[:, None]),
+    "self-not-seen": _visible(
+        lambda right, queries, keys, window: (queries[:, :, None] > keys[:, None]) & (keys >= 0)[:, None]
+    ),
     "sinks-dropped": _sinks(lambda sinks, k: jnp.full_like(sinks, -1e30)),
     "sinks-zeroed": _sinks(lambda sinks, k: jnp.zeros_like(sinks)),
     "sinks-negated": _sinks(lambda sinks, k: -sinks),

@@ -8,7 +8,7 @@ token's logits on a short prompt.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,15 @@ from oss_model import ModelConfig
 from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
+from parity.forms import GRADIENTS, LOGITS, LORA_ALPHA, TOKENS, UPDATED
+from parity.forms import updates as updates_of
+from parity.forms_arm import compare_forms
 from parity.mistakes.catalogue import CATALOGUE, Fault, applies
 from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
 from parity.mistakes.injection import INJECTIONS, Faulty
+from parity.mistakes.running import RUNNING, Mistake
 from parity.prompts import random_prompt
-from parity.protocols import Oracle, Port
+from parity.protocols import Answers, Oracle, Port, Question
 from parity.recording import Recording
 from parity.reference import Reference, ReferenceLayer
 from parity.reports.report import Report
@@ -37,6 +41,7 @@ HEALTHY: tuple[dict[str, Any], ...] = (
     {"expert_path": "ragged"},
     {"compiled": True},
 )
+KINDS = (LOGITS, TOKENS, GRADIENTS, UPDATED)
 Convert = Callable[..., Any]
 
 
@@ -51,9 +56,21 @@ class Outcome(NamedTuple):
     cosine_passes: bool  # whether the last token's cosine lets it pass
 
 
+class RunOutcome(NamedTuple):
+    """Of a mistake in how the model is put together or run; located is None where its form shows no place."""
+
+    mistake: str
+    where: str
+    form: str
+    found: bool
+    located: bool | None
+    said: str
+
+
 @dataclasses.dataclass
 class SelfTest:
     outcomes: list[Outcome] = dataclasses.field(default_factory=list)
+    running: list[RunOutcome] = dataclasses.field(default_factory=list)
     alarms: list[str] = dataclasses.field(default_factory=list)  # right ports, and equivalent ones, that did not pass
     healthy: int = 0
     equivalent: int = 0
@@ -62,11 +79,13 @@ class SelfTest:
     @property
     def exit_code(self) -> int:
         right = all(outcome.found and outcome.located and outcome.named for outcome in self.outcomes)
+        right = right and all(one.found and one.located is not False for one in self.running)
         return 0 if right and self.outcomes and not self.alarms else 4
 
     def to_json(self) -> str:
         found = {"exit_code": self.exit_code} | dataclasses.asdict(self)
-        return json.dumps(found | {"outcomes": [one._asdict() for one in self.outcomes]}, indent=2)
+        found |= {name: [one._asdict() for one in getattr(self, name)] for name in ("outcomes", "running")}
+        return json.dumps(found, indent=2)
 
     def table(self) -> str:
         return "\n".join(self._rows())
@@ -88,6 +107,14 @@ class SelfTest:
                 where = "model" if outcome.layer is None else f"layer {outcome.layer}"
                 kind = "MISSED" if not outcome.found else "MISLOCATED" if not outcome.located else "not named"
                 yield f"  {kind:<11}{outcome.fault}, {where}, seed {outcome.seed}: {outcome.said}"
+        if self.running:
+            placed = [one for one in self.running if one.located is not None]
+            where = ", ".join(dict.fromkeys(one.where for one in self.running))
+            yield f"as it is run {len(self.running)} mistakes ({where}): found {sum(one.found for one in self.running)}, " \
+                f"located {sum(bool(one.located) for one in placed)}/{len(placed)}"  # fmt: skip
+            for one in self.running:
+                if not one.found or one.located is False:
+                    yield f"  {'MISSED' if not one.found else 'MISLOCATED':<11}{one.mistake}, {one.form}: {one.said}"
         yield f"equivalent  {self.equivalent} runs, healthy {self.healthy} runs, {len(self.alarms)} alarms"
         yield from (f"  ALARM      {alarm}" for alarm in self.alarms)
         passed = sum(outcome.cosine_passes for outcome in self.outcomes)
@@ -107,6 +134,7 @@ def self_test(
     depths: int = 3,
     golden: bool = False,
     only: Callable[[Fault], bool] = lambda fault: True,
+    running: Iterable[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> SelfTest:
     """Inject the catalogue.
@@ -119,6 +147,8 @@ def self_test(
       depths: at how many layers: 1, the first; 2, the last too; 3, and one between.
       golden: compare with a recording of the reference, which has hashes in place of parameters.
       only: which mistakes.
+      running: names of `parity.mistakes.running.RUNNING`: each is put into one of the ways to run the first checkpoint. Meshes
+        take simulated devices in this process, where the mistake is.
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
@@ -162,8 +192,23 @@ def self_test(
             else:
                 result.outcomes.append(_judged(fault, n, seed, report, changed, _cosine(usual, _last_logits(port, seed))))
             done += 1
+    for name in running:
+        progress(done, done, name)
+        result.running.append(_run(name, RUNNING[name], scratch / "seed-0"))
     result.seconds = time.monotonic() - start
     return result
+
+
+def _run(name: str, mistake: Mistake, work: Path) -> RunOutcome:
+    """One mistake of how the model is run, in the first form that must find it."""
+    oracle = _asked.setdefault(work, _Asked(work / "source"))
+    port, report = Candidate(work / "checkpoint", source=work / "source"), Report("", "", "", 0, 0)
+    form = mistake.forms[0]
+    with mistake.injected():
+        compare_forms(port, oracle, report, [form], fits=True, seed=0, progress=lambda *_: None)
+    (first, *_) = report.forms
+    located = None if mistake.place is None else (first.layer, first.tap) == mistake.place
+    return RunOutcome(name, mistake.where, form, first.verdict == "fail", located, first.note)
 
 
 class _Kept(Reference):
@@ -177,6 +222,21 @@ class _Kept(Reference):
     def __init__(self, source: Path):
         super().__init__(source)
         self.kept: dict[int, ReferenceLayer] = {}
+
+
+class _Asked(Reference):
+    """A reference that answers for run forms once, for all of them."""
+
+    def answers(self, question: Question) -> Answers:
+        if self.said is None:
+            updates = updates_of(ModelConfig.from_json(self.source / "config.json")), LORA_ALPHA
+            self.said = super().answers(question._replace(kinds=tuple(KINDS), updates=updates))
+        return self.said
+
+    said: Answers | None = None
+
+
+_asked: dict[Path, _Asked] = {}
 
 
 def _layers(fault: Fault, cfg: ModelConfig, depths: int) -> list[int | None]:
