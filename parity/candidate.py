@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from flax import nnx
 
 from oss_model import (
@@ -32,10 +31,10 @@ from oss_model import (
 from oss_model.params import Loader, abstract_model, as_stored, parts, restore_arrays, stored_parameters
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import configs, forms, gradients, memory, walk
+from parity import configs, forms, gradients, walk
+from parity import memory as memory_of
 from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
-WHOLE = 16  # bytes a value: of a model that is run whole, beside the reference's and its forms
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
 
@@ -75,8 +74,7 @@ class Candidate:
         cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
         self.compiled = compiled
         self.source = source
-        values = sum(math.prod(shape) * (2 if name.endswith(".blocks") else 1) for name, (shape, _) in self.stored.items())
-        self.fits = WHOLE * values <= (memory or psutil.virtual_memory().available // 2)
+        self.fits = memory_of.fits(self, memory)
         self.cfg = dataclasses.replace(cfg, expert_path=expert_path or ("auto" if compiled or self.fits else "loop"))
         self.models: dict[np.dtype, Transformer] = {}
         self.parts: walk.Parts | None = None
@@ -142,7 +140,7 @@ class Candidate:
 
     def least_memory(self, batch: int, length: int) -> int:
         """Resident bytes at the peak, all in, of comparing it on a prompt [batch, length]."""
-        return memory.least_memory(self, batch, length)
+        return memory_of.least_memory(self, batch, length)
 
     # --- the whole model --------------------------------------------------------------------------------------------
 

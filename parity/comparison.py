@@ -18,7 +18,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
@@ -27,7 +26,7 @@ from parity import configs, metrics
 from parity import equations as eq
 from parity.forms_arm import compare_forms
 from parity.judge import ROUTING, Judge
-from parity.memory import check_free_memory, check_memory, gradient_bytes
+from parity.memory import check_free_memory, check_memory, fits
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.noise import bound, noise
@@ -46,6 +45,7 @@ from parity.protocols import (
 )
 from parity.recording import Recorder, digest
 from parity.reports.report import Report, Weight
+from parity.walk import Assembled
 
 Progress = Callable[[int, int, str], None]
 _UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
@@ -113,7 +113,7 @@ def compare(
     raise_all([*oracle.faults(port, Asked(layers, dtype, gradients)), *_unmatched(expect_changed, port)])
     if prompt is None and tokens is None:
         prompt = oracle.prompt
-    if prompt is None and tokens is None and port.can.calls is not None and _fits(port, max_memory):
+    if prompt is None and tokens is None and port.can.calls is not None and fits(port, max_memory):
         prompt = unequal_prompt(oracle.sizes.vocab, math.ceil(2.5 * window), seed)
     if prompt is None:
         prompt = random_prompt(oracle.sizes.vocab, math.ceil(2.5 * window) if tokens is None else tokens, seed)
@@ -150,7 +150,7 @@ def compare(
         row = int(prompt.valid.sum(axis=1).argmax())
         _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
     if forms != "none":
-        compare_forms(port, watched, report, forms, fits=_fits(port, max_memory), seed=seed, progress=progress)
+        compare_forms(port, watched, report, forms, fits=fits(port, max_memory), seed=seed, progress=progress)
     if recorder is not None:
         recorder.finish()
     report.seconds = time.monotonic() - start
@@ -174,35 +174,6 @@ class _Streams:
     before: np.ndarray
     reference16: np.ndarray | None = None
     together: bool = True
-
-
-class Assembled:
-    """A call of a port that has no walk of its own: its parts, one after the other (`parity.protocols.Call`)."""
-
-    def __init__(self, port: Port, tokens: np.ndarray, dtype: np.dtype):
-        self.port, self.tokens, self.dtype = port, tokens, dtype
-        self.x: np.ndarray | None = None
-        self.logits: np.ndarray | None = None
-
-    def advance(self, part: int | None, forced: Arrays | None = None) -> Arrays:
-        if self.x is None:
-            taps = {"embedding": self.port.embed(self.tokens, self.dtype)}
-            self.x = (forced or {}).get("embedding", taps["embedding"]).astype(taps["embedding"].dtype)
-        elif part is None:
-            taps = self.port.unembed(self.x, forced)
-            self.logits = taps.get("logits")
-        else:
-            taps = self.port.layer(part).run(self.x, forced)
-            if "layer_out" in taps:
-                self.x = (
-                    (forced or {}).get("layer_out", taps["layer_out"]).reshape(self.x.shape).astype(taps["layer_out"].dtype)
-                )
-        return taps
-
-    def finish(self) -> np.ndarray | None:
-        return self.logits
-
-    def close(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -529,11 +500,6 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         if missing:
             report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
-
-
-def _fits(port: Port, max_memory: int | None) -> bool:
-    """Whether the model is small enough to be held whole, in several ways."""
-    return gradient_bytes(port) <= (max_memory or psutil.virtual_memory().available // 2)
 
 
 def _unmatched(patterns: Sequence[str], port: Port) -> list[str]:

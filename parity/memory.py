@@ -46,6 +46,13 @@ def gradient_bytes(port: Port) -> int:
     return 4 * 4 * sum(values)
 
 
+def fits(port: Port, max_memory: int | None) -> bool:
+    """Whether the model is small enough to be held whole, in several ways: in `max_memory`, or in half of what is free."""
+    import psutil
+
+    return gradient_bytes(port) <= (max_memory or psutil.virtual_memory().available // 2)
+
+
 def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients: bool, forms: bool = False) -> None:
     """Before the long part. `prompt` is [batch, length].
 

@@ -20,7 +20,7 @@ from oss_model import Transformer
 from oss_model.layouts import parameter_name
 from oss_model.params import Loader, parts
 from oss_model.taps import tapping
-from parity.protocols import Arrays
+from parity.protocols import Arrays, Port
 
 ENDS = ("embedding", "layer_out", "logits")  # the last taps of the parts
 _AFTER = "after"
@@ -108,6 +108,35 @@ class Call:
                 raise _Stopped
             self.forced = forced
         return value
+
+
+class Assembled:
+    """A call of a port that has no walk of its own: its parts, one after the other (`parity.protocols.Call`)."""
+
+    def __init__(self, port: Port, tokens: np.ndarray, dtype: np.dtype):
+        self.port, self.tokens, self.dtype = port, tokens, dtype
+        self.x: np.ndarray | None = None
+        self.logits: np.ndarray | None = None
+
+    def advance(self, part: int | None, forced: Arrays | None = None) -> Arrays:
+        if self.x is None:
+            taps = {"embedding": self.port.embed(self.tokens, self.dtype)}
+            self.x = (forced or {}).get("embedding", taps["embedding"]).astype(taps["embedding"].dtype)
+        elif part is None:
+            taps = self.port.unembed(self.x, forced)
+            self.logits = taps.get("logits")
+        else:
+            taps = self.port.layer(part).run(self.x, forced)
+            if "layer_out" in taps:
+                self.x = (
+                    (forced or {}).get("layer_out", taps["layer_out"]).reshape(self.x.shape).astype(taps["layer_out"].dtype)
+                )
+        return taps
+
+    def finish(self) -> np.ndarray | None:
+        return self.logits
+
+    def close(self) -> None: ...
 
 
 class Parts:

@@ -192,16 +192,16 @@ def self_test(
             else:
                 result.outcomes.append(_judged(fault, n, seed, report, changed, _cosine(usual, _last_logits(port, seed))))
             done += 1
+    asked = _Asked(scratch / "seed-0" / "source")
     for name in running:
         progress(done, done, name)
-        result.running.append(_run(name, RUNNING[name], scratch / "seed-0"))
+        result.running.append(_run(name, RUNNING[name], scratch / "seed-0", asked))
     result.seconds = time.monotonic() - start
     return result
 
 
-def _run(name: str, mistake: Mistake, work: Path) -> RunOutcome:
+def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle) -> RunOutcome:
     """One mistake of how the model is run, in the first form that must find it."""
-    oracle = _asked.setdefault(work, _Asked(work / "source"))
     port, report = Candidate(work / "checkpoint", source=work / "source"), Report("", "", "", 0, 0)
     form = mistake.forms[0]
     with mistake.injected():
@@ -234,9 +234,6 @@ class _Asked(Reference):
         return self.said
 
     said: Answers | None = None
-
-
-_asked: dict[Path, _Asked] = {}
 
 
 def _layers(fault: Fault, cfg: ModelConfig, depths: int) -> list[int | None]:
