@@ -100,8 +100,8 @@ class ModelConfig:
             num_experts=9,
             num_experts_per_tok=4,
             sliding_window=11,
-            max_position_embeddings=4096,
-            rope_original_max_position_embeddings=128,
+            max_position_embeddings=32768,
+            rope_original_max_position_embeddings=1024,  # YaRN's lower bound is positive, as in the published models
             use_sharding=use_sharding,
         )
 

@@ -110,9 +110,9 @@ def test_every_bad_argument_is_named(model):
 
 def test_more_positions_than_the_model_was_made_for_are_refused(model):
     with pytest.raises(InputError) as caught:
-        generate(model, [[1], [1] * 4090], 7)
+        generate(model, [[1], [1] * 32762], 7)
     assert caught.value.faults == [
-        "prompts: expected at most 4096 positions (max_position_embeddings), found 4090 of the longest prompt and 7 new ones:"
+        "prompts: expected at most 32768 positions (max_position_embeddings), found 32762 of the longest prompt and 7 new ones:"
         " shorten it, or ask for fewer"
     ]
-    assert not _faults(model, [[1], [1] * 4090], 6, 0, None, None, None)
+    assert not _faults(model, [[1], [1] * 32762], 6, 0, None, None, None)

@@ -68,7 +68,7 @@ def test_another_seed_is_another_model_in_every_tensor():
 def test_the_config_beside_the_tensors(sources):
     for layout, directory in sources.items():
         said = ModelConfig.from_json(directory / "config.json")
-        assert dataclasses.replace(said, max_position_embeddings=4096) == ModelConfig.tiny()
+        assert dataclasses.replace(said, max_position_embeddings=32768) == ModelConfig.tiny()
         config = json.loads((directory / "config.json").read_text())
         assert ("quantization_config" in config) == (layout == "hf")
         assert (directory / "generation_config.json").exists() == (layout != "openai")

@@ -35,9 +35,9 @@ def test_a_seed_below_zero_is_refused(pair):
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(pair, tmp_path):
-    problem = "expected at most 4096 tokens, the model's max_position_embeddings, found 4097"
-    assert run(*pair, "--tokens", 4097) == (2, [f"error: --tokens or --prompt-file: {problem}"])
-    (tmp_path / "prompt.json").write_text(json.dumps([7] * 4097))
+    problem = "expected at most 32768 tokens, the model's max_position_embeddings, found 32769"
+    assert run(*pair, "--tokens", 32769) == (2, [f"error: --tokens or --prompt-file: {problem}"])
+    (tmp_path / "prompt.json").write_text(json.dumps([7] * 32769))
     assert run(*pair, "--prompt-file", tmp_path / "prompt.json") == (2, [f"error: --tokens or --prompt-file: {problem}"])
 
 

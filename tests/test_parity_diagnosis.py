@@ -98,7 +98,7 @@ def test_what_differs_in_configurations_without_changing_logits_is_listed(tmp_pa
     assert [(one["name"], one["checkpoint"], one["logits"]) for one in report.configs] == [
         ("max_position_embeddings", 2048, False), ("eos_token_id", [7], False),
     ]  # fmt: skip
-    assert "config     DST/config.json says max_position_embeddings 2048, SRC says 4096   not in the logits" in report.table()
+    assert "config     DST/config.json says max_position_embeddings 2048, SRC says 32768   not in the logits" in report.table()
     assert json.loads(report.to_json())["configs"] == report.configs
 
 

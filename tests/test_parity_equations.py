@@ -73,7 +73,8 @@ def test_the_tables_are_transformers_up_to_position_131071(monkeypatch, tmp_path
     positions = np.arange(131072)
     inverse, *tables = reference.rope_tables(positions)
     made = eq.tap("rope", {"positions": positions}, {}, reference.settings)
-    assert np.abs(eq.frequencies(reference.settings) / inverse - 1).max() < 5e-7
+    # Where a frequency is nearly all interpolated, a float32 rounds what is not: 1 - ramp.
+    assert np.abs(eq.frequencies(reference.settings) / inverse - 1).max() < 1e-6
     assert (np.abs(made - tables) / (1 + positions[:, None] * inverse)).max() < metrics.ROPE_GATE
     monkeypatch.setattr(eq, "frequencies", lambda s: inverse)  # which pow may round otherwise: then the angles are the same
     made = eq.tap("rope", {"positions": positions}, {}, reference.settings)

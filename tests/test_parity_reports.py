@@ -25,7 +25,7 @@ RUN = {"max_abs": 9.1e-6, "max_logit": 4.1, "kl_mean": 1e-12, "kl_p95": 3e-12, "
 def healthy() -> Report:
     report = Report("gpt-oss", "gpt-oss-orbax", "gpt-oss, 24 layers", 320, 0, True, peak_rss_bytes=2**31, seconds=12.5)
     report.weights = [Weight("embedding.weight"), *(Weight(f"layers.{n}.attn.sinks") for n in range(24))]
-    report.taps = [TapResult(None, "rope", 2.3e-7, 1e-6, "ok", "cos and sin up to position 4095")]
+    report.taps = [TapResult(None, "rope", 2.3e-7, 1e-6, "ok", "cos and sin up to position 32767")]
     report.taps += [TapResult(n, name, 4e-7, 1e-5, "ok") for n in range(24) for name in LAYER_TAPS]
     report.taps += [TapResult(None, name, 3e-7, 1e-5, "ok") for name in ("final_norm", "logits")]
     report.free_run = RUN | {"gate": 2e-4, "verdict": "ok", "own_routing": dict(RUN)}
