@@ -200,7 +200,12 @@ def experts(x: Array, choice: Array, weights: Array, p: Values, s: Settings, glu
         both = linear(x[token], p["mlp.gate_up.weight"][e], p["mlp.gate_up.bias"][e])
         hidden = (glu or swiglu)(both[:, 0], both[:, 1], s)
         out = linear(hidden, p["mlp.down.weight"][e], p["mlp.down.bias"][e])
-        np.add.at(total, token, out * weights[token, slot, None])
+        total = add_rows(total, token, out * weights[token, slot, None])
+    return total
+
+
+def add_rows(total: Array, rows: Array, values: Array) -> Array:
+    np.add.at(total, rows, values)
     return total
 
 

@@ -35,7 +35,8 @@ class Injection(NamedTuple):
     def patched(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             # Jitted, the sum over experts would remember what was right.
-            stack.enter_context(mock.patch.object(expert_paths, "_add_expert", expert_paths._add_expert.__wrapped__))  # type: ignore
+            add = getattr(expert_paths._add_expert, "__wrapped__", expert_paths._add_expert)
+            stack.enter_context(mock.patch.object(expert_paths, "_add_expert", add))
             if self.patch is not None:
                 owner, name, make = self.patch
                 stack.enter_context(mock.patch.object(owner, name, make(owner.__dict__[name])))
@@ -45,16 +46,24 @@ class Injection(NamedTuple):
 class Faulty(Candidate):
     """A candidate with a mistake in layer `n`; in all of the model for mistakes that lie outside the layers.
 
-    `read` keeps the right model of this checkpoint, for others of the same one.
+    `read` keeps the right model of this checkpoint, for others of the same one. `others` are put in besides: (mistake, layer).
     """
 
-    def __init__(self, checkpoint: Any, fault: str, n: int | None, read: dict[Any, Any] | None = None):
+    def __init__(
+        self,
+        checkpoint: Any,
+        fault: str,
+        n: int | None,
+        read: dict[Any, Any] | None = None,
+        others: Iterable[tuple[str, int | None]] = (),
+    ):
         super().__init__(checkpoint, expert_path="loop")
         self.said = super().settings
         self.read = {} if read is None else read
-        self.injection, self.n = INJECTIONS[fault], n
-        if self.injection.config is not None:
-            self.cfg = dataclasses.replace(self.cfg, **self.injection.config(self.cfg))
+        self.injected = [(INJECTIONS[name], layer) for name, layer in ((fault, n), *others)]
+        for injection, _ in self.injected:
+            if injection.config is not None:
+                self.cfg = dataclasses.replace(self.cfg, **injection.config(self.cfg))
 
     @property
     def settings(self) -> Settings:
@@ -77,10 +86,11 @@ class Faulty(Candidate):
             made = nnx.merge(*abstract_model(cfg))
             nnx.update(made, jax.tree.map(lambda leaf: leaf, nnx.state(self.read[dtype])))
             self.models[dtype] = made
-            if self.injection.block is not None and self.n is not None:
-                self.injection.block(made.layers[self.n])
-            if self.injection.model is not None:
-                self.injection.model(made)
+            for injection, n in self.injected:
+                if injection.block is not None and n is not None:
+                    injection.block(made.layers[n])
+                if injection.model is not None:
+                    injection.model(made)
         return self.models[dtype]
 
     def loaded(self, names: Iterable[str]) -> Arrays:
@@ -106,7 +116,11 @@ class Faulty(Candidate):
             return super().rope_tables(positions)
 
     def made_in(self, part: int | None) -> contextlib.AbstractContextManager:
-        return self.injection.patched() if part == self.n else contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for injection, n in self.injected:
+            if n == part:
+                stack.enter_context(injection.patched())
+        return stack
 
 
 class FaultyCall(Call):
@@ -328,6 +342,53 @@ def _only_q(right):
     return lambda x, rope: right(x, rope) if next(turn) % 2 == 0 else x
 
 
+def _other_k(turned):
+    """Of what is rotated, k alone otherwise: `turned(rope)` is what it is rotated by."""
+
+    def make(right):
+        turn = iter(range(1 << 30))
+        return lambda x, rope: right(x, rope if next(turn) % 2 == 0 else turned(rope))
+
+    return make
+
+
+def _unconcentrated(rope):
+    size = jnp.hypot(*rope)
+    return rope[0] / size, rope[1] / size
+
+
+def _normalised(right, x, rope):
+    return right(x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6), rope)
+
+
+def _within(change: Callable[..., tuple]) -> Injection:
+    """Attention of what `change(x, rope, q, k, v, ...)` gives: x is the block's input."""
+
+    def make(right):
+        def block(self, x, positions, rope, cache=None):
+            attend = modeling.sink_attention
+            with mock.patch.object(modeling, "sink_attention", lambda *given: attend(*change(x, rope, *given))):
+                return right(self, x, positions, rope, cache)
+
+        return block
+
+    return _code(modeling.AttentionBlock, "__call__", make)
+
+
+def _chunked(right, queries, keys, window):
+    return right(queries, keys, None) & (queries[:, :, None] // window == keys[:, None] // window)
+
+
+def _first_kept(right, queries, keys, window):
+    return right(queries, keys, window) | (right(queries, keys, None) & (keys < 4)[:, None])
+
+
+def _crowded_out(right, x, choice, weights, bias):
+    flat, room = choice.reshape(-1), -(-choice.size // bias.shape[0])
+    before = jnp.take_along_axis(jnp.cumsum(jax.nn.one_hot(flat, bias.shape[0]), axis=0), flat[:, None], axis=1)
+    return right(x, choice, jnp.where((before > room).reshape(choice.shape), 0, weights))
+
+
 def _rotary(name: str, compute: Callable[[Any], Any]) -> Injection:
     return _code(layers.RotaryEmbedding, name, lambda right: property(compute))
 
@@ -421,6 +482,13 @@ INJECTIONS: dict[str, Injection] = {
     "rope-half-of-head": _rotated(_half_of_head),
     "rope-not-on-k": _code(modeling, "rotate", _only_q),
     "rope-one-late": _rotated(_one_late),
+    "heads-normalised": _rotated(_normalised),
+    "yarn-concentration-not-on-k": _code(modeling, "rotate", _other_k(_unconcentrated)),
+    "rope-on-values": _within(lambda x, rope, q, k, v, *rest: (q, k, layers.rotate(v, rope), *rest)),
+    "attention-scale-hidden": _within(lambda x, rope, q, *rest: (q * (q.shape[-1] / x.shape[-1]) ** 0.5, *rest)),
+    "window-chunked": _visible(_chunked),
+    "window-and-first-tokens": _visible(_first_kept),
+    "experts-full": _experts(_crowded_out),
     "yarn-truncated": _config(rope_truncate=True),
     "yarn-missing": _config(rope_factor=1.0),
     "yarn-linear": _code(layers.RotaryEmbedding, "__call__", _interpolated),

@@ -101,6 +101,15 @@ def one_late(t: Taps, p: Values, s: Settings) -> Array:
     return eq.q_rope({**t, "positions": t["positions"] + 1}, p, s)
 
 
+def heads_normalised(x: Array, cos: Array, sin: Array) -> Array:
+    return eq.rotate(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-6), cos, sin)
+
+
+def unconcentrated(t: Taps, p: Values, s: Settings) -> Array:
+    cos, sin = eq.rope(t, p, s)
+    return eq.rotate(t["k"], cos / eq.concentration(s), sin / eq.concentration(s))
+
+
 def tables(change: Callable[[Array, Array, Settings], tuple[Array, Array]]) -> Wrong:
     """cos and sin as `change(cos, sin, settings)`."""
     return equation(lambda t, p, s: np.stack(change(*eq.rope(t, p, s), s)))
@@ -139,6 +148,21 @@ def mask(see: Callable[[Array], Array]) -> Wrong:
 
     def core(t: Taps, p: Values, s: Settings) -> Array:
         seen = see(t["positions"][:, :, None] - t["positions"][:, None])
+        return eq.attend(t["q_rope"], t["k_rope"], t["v"], p["attn.sinks"], seen, 1 / math.sqrt(s["head_dim"]))
+
+    return equation(core)
+
+
+def values_rotated(t: Taps, p: Values, s: Settings) -> Array:
+    return eq.attn_core({**t, "v": eq.rotate(t["v"], *eq.rope(t, p, s))}, p, s)
+
+
+def sees(see: Callable[[Array, Array, Settings], Array]) -> Wrong:
+    """What a query sees besides or in place of the right keys: `see(queries, keys, settings)`, of positions."""
+
+    def core(t: Taps, p: Values, s: Settings) -> Array:
+        queries, keys = t["positions"][:, :, None], t["positions"][:, None]
+        seen = see(queries, keys, s) & (keys <= queries)
         return eq.attend(t["q_rope"], t["k_rope"], t["v"], p["attn.sinks"], seen, 1 / math.sqrt(s["head_dim"]))
 
     return equation(core)
@@ -220,6 +244,13 @@ def summed(compute: Callable[..., Array]) -> Wrong:
 def weights_before(add: Callable, x: Array, choice: Array, weights: Array, p: Values, s: Settings) -> Array:
     slots = [(choice[:, [slot]], weights[:, [slot]]) for slot in range(choice.shape[1])]
     return sum((add(x * weight, one, np.ones_like(weight)) for one, weight in slots), np.zeros_like(x))
+
+
+def crowded_out(add: Callable, x: Array, choice: Array, weights: Array, p: Values, s: Settings) -> Array:
+    """An expert takes the first of its tokens, as many as each would have if all had the same."""
+    flat, room = choice.reshape(-1), -(-choice.size // s["num_experts"])
+    before = np.cumsum(np.eye(s["num_experts"], dtype=int)[flat], axis=0)[np.arange(flat.size), flat]
+    return add(x, choice, np.where((before > room).reshape(choice.shape), 0, weights))
 
 
 def bias_unweighted(add: Callable, x: Array, choice: Array, weights: Array, p: Values, s: Settings) -> Array:
