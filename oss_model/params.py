@@ -38,7 +38,7 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
       cfg: the model's configuration. `param_dtype` says how parameters are held, from either kind of checkpoint; None:
         as they are stored. The model's own `cfg.param_dtype` says which it became. They are cast to `cfg.dtype` where
         they are used.
-      mesh: devices to place the parameters on, cut as `oss_model.sharding` says; this process's first device if None.
+      mesh: devices to place the parameters on, cut as `oss_model.sharding` says; JAX's default device if None.
 
     Raises:
       InputError: naming everything that is missing, unexpected or misshaped, or the first damage found; or if
@@ -251,13 +251,13 @@ def restore_arrays(
 
     Args:
       path: of the checkpoint.
-      wanted: parameter -> its shape, the dtype to read it in, and where to place it; this process's first device if None.
+      wanted: parameter -> its shape, the dtype to read it in, and where to place it; JAX's default device if None.
       nbytes: of all that this is a part of, to be said where memory runs out.
 
     Raises:
       InputError, OutOfMemory, Incomplete: as `oss_model.restoring.restoring` says.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jax.sharding.SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     tree: dict = {}
     for name, (shape, dtype, sharding) in wanted.items():
         *branches, leaf = name.split(".")

@@ -27,14 +27,16 @@ from oss_model import (
     eos_tokens,
     experts,
     init_cache,
+    layouts,
 )
-from oss_model.params import Loader, abstract_model, as_stored, parts, restore_arrays, stored_parameters
+from oss_model.params import Loader, abstract_model, as_stored, is_orbax, parts, restore_arrays, stored_parameters
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import configs, forms, gradients, walk
+from parity import configs, device, forms, gradients, walk
 from parity import memory as memory_of
 from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 LARGE = 1 << 30  # bytes of a checkpoint: from here on it is worth a second to have no garbage in memory
 Parameters = dict[str, jax.Array]
 
@@ -46,7 +48,7 @@ class Candidate:
     needs no more memory than its stored parameters and one expert.
 
     Args:
-      checkpoint: the directory.
+      checkpoint: the directory; of safetensors too, which `create_model_from_checkpoint` reads as well.
       expert_path: how experts are computed, if not so (`ModelConfig.expert_path`): "auto", or "loop" where it does not fit.
       compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
       source: the safetensors that it was made from, where packed experts are run from if it holds values.
@@ -70,8 +72,14 @@ class Candidate:
         memory: int | None = None,
     ):
         self.path = Path(checkpoint).absolute()
-        self.stored = stored_parameters(self.path)
-        cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        self.safetensors: Loader | None = None
+        if not is_orbax(self.path) and any(self.path.glob("*.safetensors")):
+            self.safetensors = Loader(self.path, ModelConfig.from_json(self.path / "config.json"))
+            cfg = self.safetensors.cfg
+            self.stored = layouts.parameters(cfg)
+        else:
+            self.stored = stored_parameters(self.path)
+            cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
         self.compiled = compiled
         self.source = source
         self.fits = memory_of.fits(self, memory)
@@ -103,7 +111,13 @@ class Candidate:
     @functools.cached_property
     def _can(self) -> PortCan:
         return PortCan(
-            self.settings, gradients=self, least_memory=self, forms=self._forms(), calls=None if self.compiled else self
+            self.settings,
+            gradients=self,
+            least_memory=self,
+            forms=self._forms(),
+            calls=None if self.compiled else self,
+            rope_tables16=functools.partial(self.rope_tables, dtype=BFLOAT16),
+            noise=None if device.here().platform == "cpu" else device.noise,
         )
 
     def _forms(self) -> forms.Forms:
@@ -111,7 +125,7 @@ class Candidate:
         return forms.Forms(self.path, self.cfg, self.source if packed else None)
 
     def restore(self, names: Iterable[str]) -> Arrays:
-        """These parameters as stored, read by plain Orbax."""
+        """These parameters as stored, read by plain Orbax; of safetensors, as our model reads them."""
         return {name: np.asarray(value) for name, value in self._restore(names).items()}
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -128,8 +142,8 @@ class Candidate:
             self.model(x.dtype).unembed(jnp.asarray(x))
         return {name: np.asarray(value) for name, value in seen.items()}
 
-    def rope_tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cos, sin = self.model(np.dtype(np.float32)).rope(jnp.asarray(positions, jnp.int32)[None])
+    def rope_tables(self, positions: np.ndarray, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+        cos, sin = self.model(np.dtype(dtype)).rope(jnp.asarray(positions, jnp.int32)[None])
         return np.asarray(cos[0]), np.asarray(sin[0])
 
     def gradients(self, tokens: np.ndarray, routing: list[np.ndarray]) -> Arrays:
@@ -190,7 +204,10 @@ class Candidate:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
         if self.large:
             gc.collect()  # the layer before, which Flax leaves in reference cycles
-        found = restore_arrays(self.path, {name: (*self.stored[name], None) for name in names})
+        if self.safetensors is not None:
+            found = dict(self.safetensors.source.read({name: jax.ShapeDtypeStruct(*self.stored[name]) for name in names}))
+        else:
+            found = restore_arrays(self.path, {name: (*self.stored[name], None) for name in names})
         if self.large:
             gc.collect()  # and so are Orbax's buffers
         return found

@@ -53,6 +53,12 @@ class _Command(click.Command):
     type=click.Choice(["default", "all", "none"]),
     help="Ways to run the whole model, each compared: jit, meshes, caches, generate, ... [default: default with --layers]",
 )
+@click.option("--long", is_flag=True, help="Also run a row of 4,096 tokens through a small replica of the model.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu", "tpu"]),
+    help="Where DST is computed; SRC stays on the CPU. [default: where JAX computes]",
+)
 @click.option(
     "--expect-changed",
     multiple=True,
@@ -81,7 +87,8 @@ def main(
 ) -> int:
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
-    SRC is the safetensors directory DST was made from. The reference is PyTorch: transformers reads SRC, decodes it
+    SRC is the safetensors directory DST was made from. DST may be safetensors too, as our model reads them; of two Orbax
+    checkpoints the bytes alone are compared. The reference is PyTorch: transformers reads SRC, decodes it
     and computes it, in float32. Every weight is compared bit by bit, and the whole model's logits; with --layers,
     every component of every layer.
 
@@ -97,7 +104,9 @@ def main(
     Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed, 70 a bug, 130 interrupted.
     """
     from oss_model.memory import parse_size
+    from oss_model.params import is_orbax
     from oss_model.shards import Checkpoint
+    from parity.stored import arranged
 
     options["forms"] = options["forms"] or ("default" if options["layers"] else "none")
     outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
@@ -111,8 +120,8 @@ def main(
             return _self_test(Path(scratch), files)
         try:
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
-            if isinstance(pair[0], Path):  # only to name what is wrong with SRC; the reference reads it by itself
-                Checkpoint(pair[0]).shards.close()
+            if isinstance(pair[0], Path) and not is_orbax(arranged(pair[0], pair[1])[0]):
+                Checkpoint(arranged(pair[0], pair[1])[0]).shards.close()  # only to name what is wrong with it
         except InputError as e:
             raise InputError(*faults, *e.faults) from None
         raise_all(faults)
@@ -205,13 +214,14 @@ def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | N
         _need_torch()
     from oss_model.config import ModelConfig
     from parity.comparison import compare
+    from parity.device import computing_on
     from parity.prompts import read_prompt
 
     if prompt_file is not None:
         home = source if isinstance(source, Path) else checkpoint
         vocab = ModelConfig.from_json(home / "config.json").vocab_size
         options["prompt"] = read_prompt(prompt_file, vocab, home / "tokenizer.json")
-    with _progress_bar() as progress:
+    with computing_on(options.pop("device")), _progress_bar() as progress:
         return compare(source, checkpoint, progress=progress, **options)
 
 

@@ -21,10 +21,12 @@ import numpy as np
 
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
+from oss_model.params import is_orbax
 from oss_model.taps import LAYER_TAPS
 from parity import configs, metrics
 from parity import equations as eq
-from parity.forms_arm import compare_forms
+from parity.device import here
+from parity.forms_arm import compare_forms, compare_long
 from parity.judge import ROUTING, Judge
 from parity.memory import check_free_memory, check_memory, fits
 from parity.mistakes.diagnosis import Diagnosis
@@ -66,6 +68,7 @@ def compare(
     decode: bool = False,
     gradients: bool = False,
     forms: str = "none",
+    long: bool = False,
     expect_changed: Sequence[str] = (),
     record: str | Path | None = None,
     max_memory: int | None = None,
@@ -75,7 +78,9 @@ def compare(
 
     Args:
       source: the safetensors directory, read and computed by transformers alone; or a recording of that.
-      checkpoint: the Orbax checkpoint, computed by our `Transformer`; or a model of one's own (`parity.protocols.Port`).
+      checkpoint: the Orbax checkpoint, or other safetensors, computed by our `Transformer`; or a model of one's own
+        (`parity.protocols.Port`). Of two directories the reference is the one of safetensors; where both are Orbax
+        checkpoints, their bytes alone are compared.
       layers: run the semantics arm, every tap of every layer. Without it: weights and free run only.
       tokens: length of the random prompt; if None, 2.5 times the sliding window, and of a small model a second, shorter row.
       seed: of the random prompt.
@@ -84,6 +89,7 @@ def compare(
       gradients: also compare every parameter's gradient on the longest row of the prompt, of models that fit in memory
         whole.
       forms: "default", "all" or "none" of the ways to run the whole model (`parity.forms`).
+      long: also run a row of several thousand tokens through a small replica, whole and compiled.
       expect_changed: regular expressions, each matched against whole names of parameters that were trained: they are listed
         with how far they moved, everything else must be exact, and the code is judged on the source's values.
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
@@ -98,7 +104,12 @@ def compare(
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
         from parity.candidate import Candidate
+        from parity.stored import arranged, compare_stored
 
+        if isinstance(source, str | Path):
+            source, checkpoint = arranged(Path(source), Path(checkpoint))
+            if is_orbax(source):
+                return compare_stored(source, checkpoint, seed=seed, expect_changed=expect_changed, progress=progress)
         made_from = Path(source) if isinstance(source, str | Path) else None
         port: Port = Candidate(checkpoint, source=made_from, memory=max_memory)
     else:
@@ -136,8 +147,9 @@ def compare(
     if record is not None:
         described = {"source": str(source), "dtype": "float32", "layers": layers, "versions": _versions()}
         watched = recorder = Recorder(oracle, record, prompt, described)
+    device = here().device_kind if port.can.noise is not None else ""
     title, warnings = configs.title(oracle.sizes, oracle.settings)
-    report = Report(str(source), str(checkpoint), title, longest, seed, layers, dtype, warnings=warnings)
+    report = Report(str(source), str(checkpoint), title, longest, seed, layers, dtype, device=device, warnings=warnings)
     if dtype == "bfloat16" and not layers:
         report.lacks("precision: it is judged tap by tap, which takes --layers: only the free run was made in bfloat16")
     if longest < 2 * window:
@@ -151,6 +163,8 @@ def compare(
         _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
     if forms != "none":
         compare_forms(port, watched, report, forms, fits=fits(port, max_memory), seed=seed, progress=progress)
+    if long:
+        compare_long(port, oracle, report, seed=seed, progress=progress)
     if recorder is not None:
         recorder.finish()
     report.seconds = time.monotonic() - start
@@ -291,6 +305,8 @@ class _Run:
         positions = self.oracle.rope_positions
         got, want = self.port.rope_tables(positions), self.oracle.rope_tables(positions)
         self.judge.rope(positions, got, want)
+        if self.precision and self.report.layers and self.port.can.rope_tables16 is not None:
+            self.judge.rope16(positions, self.port.can.rope_tables16(positions), want)
         self.explain("rope", {"positions": positions}, np.stack(want[1:]), np.stack(got))
         names = (["semantics"] if self.report.layers else []) + ["replayed", "own"]
         calls = {name: self.start(FLOAT32) for name in names}
@@ -445,14 +461,19 @@ class _Run:
         right = self.diagnosis.right(parameters)
         kept = self.oracle.oracle if isinstance(self.oracle, Recorder) else self.oracle
         try:
-            found = noise(kept, self.judge, n, tap, given, right, settings, want)
+            found = noise(kept, self.judge, n, tap, given, right, settings, want, self.port.can.noise)
         except Exception as error:  # a bug of ours, which must neither end the run nor go unseen
             self.diagnosis.failed(f"the noise of {tap}", error)
             return {}
         if found is None:
             return {}
+        where = tap if n is None else f"layer {n} {tap}"
+        if found.strange:
+            self.report.warnings.append(
+                f"{where}: on the device the equation in float32 is {found.device:.1e} from float64, {found.worst:.1e} here:"
+                " that is not taken for noise"
+            )
         if found.reference > found.gate:
-            where = tap if n is None else f"layer {n} {tap}"
             self.report.lacks(
                 f"{where}: the witnesses disagree: PyTorch is {found.reference:.1e} from the equation in float64, whose own"
                 f" noise in float32 is {found.worst:.1e}"

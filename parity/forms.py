@@ -30,7 +30,9 @@ from oss_model.cache import EMPTY
 from oss_model.layouts import parameter_name
 from oss_model.lora import select, shapes_of
 from oss_model.params import as_stored, is_orbax
+from oss_model.shards import Checkpoint
 from oss_model.taps import tapping
+from parity.device import here
 from parity.protocols import Answers, Arrays, Taps, Updates
 
 LOGITS, TOKENS, GRADIENTS, UPDATED = "logits", "tokens", "gradients", "updated logits"
@@ -46,6 +48,7 @@ class Subject(NamedTuple):
 
 Result = list[np.ndarray] | Arrays | str
 WATCHED = "watched"
+LONG_FORM = "long"  # asked for by itself, never among the others
 Run = Callable[[Subject, Answers], list[np.ndarray] | Arrays]
 
 
@@ -168,9 +171,14 @@ def jitted(subject: Subject, asked: Answers, left: bool = True, **changes: Any) 
     return unpadded(_call(_logits, load(subject, **changes), tokens, positions, positions), positions)
 
 
+def devices() -> list[Any]:
+    """Those of the kind that is computed on."""
+    return jax.devices(here().platform)
+
+
 def on_mesh(subject: Subject, asked: Answers, *, axes: dict[str, int]) -> list[np.ndarray]:
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=jax.devices()[: math.prod(axes.values())])
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices()[: math.prod(axes.values())])
     tokens, positions = batch(asked.rows)
     with jax.set_mesh(mesh):
         return unpadded(_call(_logits, load(subject, mesh), tokens, positions, positions), positions)
@@ -325,6 +333,7 @@ def table(cfg: ModelConfig) -> dict[str, Form]:
         "lora zero": Form(LOGITS, lora_zero),
         "lora": Form(UPDATED, functools.partial(lora, merged=False)),
         "lora merged": Form(UPDATED, functools.partial(lora, merged=True)),
+        LONG_FORM: Form(LOGITS, jitted),
     }
 
 
@@ -343,7 +352,9 @@ class Forms:
 
     @functools.cached_property
     def holds_packed(self) -> bool:
-        return not is_orbax(self.path) or as_stored(self.path, self.cfg)[0].param_dtype == "mxfp4"
+        if not is_orbax(self.path):
+            return Checkpoint(self.path).layout.packed
+        return as_stored(self.path, self.cfg)[0].param_dtype == "mxfp4"
 
     @property
     def updates(self) -> tuple[Updates, float]:
@@ -354,14 +365,14 @@ class Forms:
         return {
             name: form.gives
             for name, form in table(self.cfg).items()
-            if (everything or form.default) and there.get(form.stored, True)
+            if name != LONG_FORM and (everything or form.default) and there.get(form.stored, True)
         }
 
     def of(self, source: Path) -> "Forms":
         return Forms(source, dataclasses.replace(ModelConfig.from_json(source / "config.json")))
 
     def run(self, runs: list[tuple[str, str]], asked: Answers) -> Iterator[tuple[str, str, Result]]:
-        elsewhere = [one for one in runs if table(self.cfg)[one[0]].devices > jax.device_count()]
+        elsewhere = [one for one in runs if table(self.cfg)[one[0]].devices > len(devices())]
         for form, dtype in runs:
             if (form, dtype) not in elsewhere:
                 yield form, dtype, self.one(form, dtype, asked)
@@ -370,7 +381,7 @@ class Forms:
 
     def watch(self, form: str, asked: Answers) -> Taps:
         """Of a form that gives logits, each tap's rows [length, ...]; empty where that cannot be."""
-        if table(self.cfg)[form].devices > jax.device_count():
+        if table(self.cfg)[form].devices > len(devices()):
             found = next(self._simulated([(form, WATCHED)], asked))[2]
         else:
             found = self.one(form, WATCHED, asked)

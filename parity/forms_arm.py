@@ -18,6 +18,7 @@ from oss_model import ModelConfig
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, MODEL_TAPS
 from parity import metrics
+from parity.forms import LONG_FORM
 from parity.gradients import compare_gradients
 from parity.protocols import Answers, Arrays, FormsSubject, Oracle, Port, Question, Unanswered
 from parity.reports.report import FormResult, Report
@@ -27,6 +28,7 @@ NEAR_TIE = 4e-5
 SEEDS = 8  # of rows, tried for some without a near-tie
 NEW = 2.0  # tokens to generate, in windows: the ring is written over
 BFLOAT16 = "bfloat16"
+LONG = 4096  # tokens
 
 
 def compare_forms(
@@ -49,12 +51,44 @@ def compare_forms(
     subject = port.can.forms
     if subject is None:  # a port of one's own that declares none
         return
+    forms = subject.forms(which != "default")
+    if not isinstance(which, str):
+        forms = {name: forms[name] for name in which}
+    window, limit = subject.cfg.sliding_window, subject.cfg.max_position_embeddings
     with tempfile.TemporaryDirectory() as scratch:
         directory = None
         if not fits:
             directory = write_checkpoint(Path(scratch) / "replica", replica(subject.cfg, oracle), seed=seed)
             subject = subject.of(directory)
-        _Arm(subject, oracle, report, "model" if fits else "replica", directory).run(which, seed, progress)
+            window = subject.cfg.sliding_window
+        longest = min(int(2.5 * window) + 1, limit // 2)
+        question = Question(
+            replica=directory,
+            lengths=(longest, max(longest - 7, 1)),
+            new=max(2, min(int(NEW * window), limit - longest)),
+            kinds=tuple(dict.fromkeys(forms.values())),
+            updates=subject.updates if "updated logits" in forms.values() else None,
+            seeds=tuple(range(seed, seed + SEEDS)),
+            near_tie=NEAR_TIE,
+        )
+        _Arm(subject, oracle, report, "model" if fits else "replica", question).run(forms, progress)
+
+
+def compare_long(port: Port, oracle: Oracle, report: Report, *, seed: int, progress: Callable[[int, int, str], None]) -> None:
+    """Add to `report.forms` a run of one row, LONG tokens, through a replica: what goes wrong only far from the start.
+
+    Every token goes to all experts there, so that no near-tie takes tokens out of the comparison.
+    """
+    subject = port.can.forms
+    if subject is None:
+        report.lacks("long: the port has no forms (parity.protocols.FormsSubject): no long row was run")
+        return
+    cfg = dataclasses.replace(replica(subject.cfg, oracle), num_experts=3, num_experts_per_tok=3)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = write_checkpoint(Path(scratch) / "replica", cfg, seed=seed)
+        lengths = (min(LONG, cfg.max_position_embeddings),)
+        question = Question(directory, lengths, 0, ("logits",), None, (seed,), NEAR_TIE)
+        _Arm(subject.of(directory), oracle, report, "replica", question).run({LONG_FORM: "logits"}, progress)
 
 
 def replica(cfg: ModelConfig, oracle: Oracle) -> ModelConfig:
@@ -88,26 +122,14 @@ class _Arm:
     oracle: Oracle
     report: Report
     on: str
-    directory: Path | None
+    question: Question
 
-    def run(self, which: str | Sequence[str], seed: int, progress: Callable[[int, int, str], None]) -> None:
-        forms = self.subject.forms(which != "default")
-        if not isinstance(which, str):
-            forms = {name: forms[name] for name in which}
-        window = self.subject.cfg.sliding_window
-        longest = min(int(2.5 * window) + 1, self.subject.cfg.max_position_embeddings // 2)
-        question = Question(
-            replica=self.directory,
-            lengths=(longest, max(longest - 7, 1)),
-            new=max(2, min(int(NEW * window), self.subject.cfg.max_position_embeddings - longest)),
-            kinds=tuple(dict.fromkeys(forms.values())),
-            updates=self.subject.updates if "updated logits" in forms.values() else None,
-            seeds=tuple(range(seed, seed + SEEDS)),
-            near_tie=NEAR_TIE,
-        )
+    def run(self, forms: dict[str, str], progress: Callable[[int, int, str], None]) -> None:
+        """These forms, each with what it gives."""
+        before = len(self.report.forms)
         progress(0, len(forms), "reference")
         try:
-            answers = self.oracle.answers(question)
+            answers = self.oracle.answers(self.question)
         except Unanswered as reason:
             self.report.lacks(f"forms: {reason}")
             return
@@ -115,7 +137,7 @@ class _Arm:
         for done, (form, dtype, found) in enumerate(self.subject.run(runs, answers)):
             progress(done, len(runs), form)
             self._judge(form, dtype, forms[form], found, answers)
-        for result in self.report.forms:
+        for result in self.report.forms[before:]:
             if result.verdict == "fail" and result.dtype == "float32" and forms[result.form] == "logits":
                 self._locate(result, answers)
 
@@ -164,7 +186,7 @@ class _Arm:
         """Where, run by itself, the form first parts from the reference: it is watched, and both sides' streams compared."""
         found = self.subject.watch(result.form, answers)
         try:
-            for want in self.oracle.taps(self.directory, answers.rows) if found else ():
+            for want in self.oracle.taps(self.question.replica, answers.rows) if found else ():
                 layer = next(iter(want))[0]
                 for tap in (*LAYER_TAPS, *MODEL_TAPS):
                     if (layer, tap) in want and not self._same(tap, found.get((layer, tap)), want[layer, tap], answers):

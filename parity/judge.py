@@ -92,11 +92,39 @@ class Judge:
         self._add(None, "rope", worst, float(metrics.finite(error).max()), verdict, note, None, metrics.ROPE_GATE)
 
     def precision(self, layer: int | None, truth: Arrays, got: Arrays, reference: Arrays) -> None:
-        """Each component in bfloat16 on the oracle's input: its error over the reference's own, noted at its tap."""
+        """Each component in bfloat16 on the oracle's input: its error over the reference's own, noted at its tap.
+
+        Experts are right that have the highest of the logits they were chosen by, rounded; a tie of those goes either way.
+        """
+        for tap in [tap for tap in self.report.taps if (tap.layer, tap.tap) == (layer, "expert_choice")]:
+            if {"router_logits", "expert_choice"} <= truth.keys() and "expert_choice" in got:
+                logits = truth["router_logits"].astype(ml_dtypes.bfloat16).astype(np.float32)
+                chosen = got["expert_choice"].reshape(len(logits), -1)
+                wrong = self._not_best(logits, chosen, truth["expert_choice"].shape[-1])
+                tap.port_over_reference = metrics.WORST if wrong else 1.0
+                if wrong:
+                    tap.note = "; ".join(part for part in (tap.note, f"in bfloat16 {wrong} tokens chose other experts") if part)
         for tap in [tap for tap in self.report.taps if tap.layer == layer and tap.tap != "expert_choice"]:
             if tap.tap in truth and tap.tap in got and self.rounds(got[tap.tap]):
                 ours, theirs = (self._spread(side[tap.tap], truth[tap.tap]) for side in (got, reference))
                 tap.port_over_reference = metrics.error_ratio(ours, theirs)
+
+    def rope16(self, positions: np.ndarray, got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...]) -> None:
+        """cos and sin in bfloat16, the worst position's error over that of rounding the reference's; see `rope`."""
+        truth = np.concatenate(want[1:], axis=-1)[None]
+        sides = np.concatenate(got, axis=-1)[None], truth.astype(ml_dtypes.bfloat16)
+        if self.rounds(sides[0]):
+            ours, theirs = (float(metrics.finite(metrics.token_rel_l2(side, truth)).max()) for side in sides)
+            tap = next(tap for tap in self.report.taps if tap.tap == "rope")
+            tap.port_over_reference = metrics.error_ratio(ours, theirs)
+
+    def _not_best(self, logits: np.ndarray, choice: np.ndarray, k: int) -> int:
+        """How many tokens have other experts than k that no other one's logit is above."""
+        wrong = np.array([len(set(row)) != k for row in choice.tolist()]) | (choice.shape[1] != k)
+        chosen = np.zeros(logits.shape, bool)
+        np.put_along_axis(chosen, choice, True, axis=-1)
+        least, best = np.where(chosen, logits, np.inf).min(-1), np.where(chosen, -np.inf, logits).max(-1)
+        return int(((wrong | (least < best)) & self.prompt.valid.reshape(-1)).sum())
 
     def rounds(self, computed: np.ndarray) -> bool:
         """Whether the port did compute in bfloat16, when it was asked to."""

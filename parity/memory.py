@@ -47,10 +47,17 @@ def gradient_bytes(port: Port) -> int:
 
 
 def fits(port: Port, max_memory: int | None) -> bool:
-    """Whether the model is small enough to be held whole, in several ways: in `max_memory`, or in half of what is free."""
+    """Whether the model is small enough to be held whole, in several ways: in `max_memory`, or in half of what is free.
+
+    On a device with memory of its own: in half of what is free of that, too.
+    """
     import psutil
 
-    return gradient_bytes(port) <= (max_memory or psutil.virtual_memory().available // 2)
+    from parity.device import free_bytes
+
+    there = free_bytes()
+    need = gradient_bytes(port)
+    return need <= (max_memory or psutil.virtual_memory().available // 2) and (there is None or need <= there // 2)
 
 
 def check_memory(port: Port, prompt: tuple[int, ...], max_memory: int, gradients: bool, forms: bool = False) -> None:

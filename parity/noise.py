@@ -5,6 +5,7 @@ witnesses disagree, and nothing is said of the port.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,14 @@ from parity.judge import Judge
 from parity.mistakes.parameters import UnknownValueError
 from parity.protocols import Arrays, Settings
 
-# Of a layer of more expert values than this, and of logits of more: so many tokens stand for all, spread over the prompt.
+# Of a layer of more expert values than this, and of logits of more: so many tokens stand for all, spread over the prompt. On a
+# device always: it compiles each expert for each number of its tokens.
 LARGE, SAMPLED = 100_000_000, 8
 BY_CHANNEL = ("attn_out", "mlp_out", "layer_out")  # one channel of large models is thousands of times the others
+
+
+OnDevice = Callable[[str, Arrays, Any, Settings], np.ndarray]  # `parity.protocols.PortCan.noise`
+TAKEN = 10.0  # what float32 does on a device counts up to so many times what it does here
 
 
 class Noise(NamedTuple):
@@ -26,15 +32,22 @@ class Noise(NamedTuple):
       worst: the worst token's relative L2.
       channels: float64 [hidden], each channel's relative L2 over its own scale; None where it is not judged so.
       reference: how far the reference is from the equation, as `worst`.
+      device: as `worst`, on the device that the port computes on; beyond TAKEN times `worst` it is not taken. None on a CPU.
     """
 
     worst: float
     channels: np.ndarray | None
     reference: float
+    device: float | None = None
 
     @property
     def gate(self) -> float:
-        return bound(self.worst)
+        return float(bound(max(self.worst, self.device if self.device is not None and not self.strange else 0.0)))
+
+    @property
+    def strange(self) -> bool:
+        """Whether the device is no good for float32: a fault of how it multiplies would widen its own gate."""
+        return self.device is not None and bound(self.device) > TAKEN * bound(self.worst)
 
 
 def bound(noise: Any) -> Any:
@@ -45,34 +58,56 @@ _known: "weakref.WeakKeyDictionary[Any, dict[Any, Noise | None]]" = weakref.Weak
 
 
 def noise(
-    oracle: Any, judge: Judge, n: int | None, tap: str, given: Arrays, right: eq.Values, settings: Settings, want: np.ndarray
+    oracle: Any,
+    judge: Judge,
+    n: int | None,
+    tap: str,
+    given: Arrays,
+    right: eq.Values,
+    settings: Settings,
+    want: np.ndarray,
+    on_device: OnDevice | None = None,
 ) -> Noise | None:
     """Of a tap whose value should be `want`, computed from `given`; None where a parameter is not known. Kept by oracle."""
     known = _known.setdefault(oracle, {})
-    key = judge.prompt.tokens.tobytes(), judge.prompt.valid.tobytes(), n, tap
+    key = judge.prompt.tokens.tobytes(), judge.prompt.valid.tobytes(), n, tap, on_device
     if key not in known:
         try:
-            known[key] = _measured(judge, tap, given, right, settings, want)
+            known[key] = _measured(judge, tap, given, right, settings, want, on_device)
         except UnknownValueError:
             return None
     return known[key]
 
 
-def _measured(judge: Judge, tap: str, given: Arrays, right: eq.Values, settings: Settings, want: np.ndarray) -> Noise:
+def _measured(
+    judge: Judge,
+    tap: str,
+    given: Arrays,
+    right: eq.Values,
+    settings: Settings,
+    want: np.ndarray,
+    on_device: OnDevice | None,
+) -> Noise:
     tokens = judge.prompt.valid.reshape(-1)
     size = {"mlp_out": 3 * settings["num_experts"] * settings["hidden_size"] * settings["intermediate_size"],
             "logits": settings["vocab_size"] * settings["hidden_size"]}.get(tap, 0)  # fmt: skip
-    if size > LARGE:
+    if size > LARGE or (size and on_device is not None):
         some = np.flatnonzero(tokens)
         some = some[np.linspace(0, len(some) - 1, min(SAMPLED, len(some))).astype(int)]
         batch = judge.prompt.tokens.shape
         given = {name: _some(value, batch, some) for name, value in given.items()}
         want, tokens = _some(want, batch, some), np.ones(len(some), bool)
-    exact, rounded = (compute(tap, given, right, settings) for compute in (eq.tap, eq.noise))
-    rows = [np.asarray(each).reshape(len(tokens), -1)[tokens] for each in (exact, rounded, want)]
-    worst, reference = (float(metrics.finite(_by_token(each, rows[0])).max()) for each in rows[1:])
-    channels = metrics.channel_rel_l2(rows[1], rows[0]) if tap in BY_CHANNEL else None
-    return Noise(worst, channels, reference)
+    computed = [compute(tap, given, right, settings) for compute in (eq.tap, eq.noise, on_device) if compute is not None]
+    exact, rounded, *device = (np.asarray(each).reshape(len(tokens), -1)[tokens] for each in computed)
+    worst, reference, *there = (
+        float(metrics.finite(_by_token(each, exact)).max())
+        for each in (rounded, want.reshape(len(tokens), -1)[tokens], *device)
+    )
+    found = Noise(worst, None, reference, *there)
+    if tap not in BY_CHANNEL:
+        return found
+    sides = [rounded] if found.strange else [rounded, *device]
+    return found._replace(channels=np.max([metrics.channel_rel_l2(side, exact) for side in sides], axis=0))
 
 
 def _some(value: np.ndarray, batch: tuple[int, ...], some: np.ndarray) -> np.ndarray:

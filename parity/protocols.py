@@ -235,7 +235,8 @@ class PortCan(NamedTuple):
     """What a port can do besides; None where it cannot.
 
     `settings` is what its configuration holds, names and values of `parity.configs`: what differs from the reference's is
-    told before anything else.
+    told before anything else. `noise` is what float32 does where it computes, if that is not a CPU: `parity.device.noise`
+    for a port of JAX. `rope_tables16` is `Port.rope_tables` in bfloat16.
     """
 
     settings: Settings | None = None
@@ -243,6 +244,8 @@ class PortCan(NamedTuple):
     least_memory: SupportsLeastMemory | None = None
     forms: FormsSubject | None = None
     calls: SupportsCalls | None = None
+    noise: Callable[[str, Arrays, Any, Settings], np.ndarray] | None = None
+    rope_tables16: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 class Layer(Protocol):

@@ -224,7 +224,7 @@ def test_precision_in_bfloat16_is_the_references_own(sources, checkpoints):
     assert report.verdict == "pass"
     assert report.precision in ("ok", "warn")
     judged = [tap for tap in report.taps if tap.port_over_reference is not None]
-    assert len(judged) == 5 * 13 + 2
+    assert len(judged) == 5 * 14 + 3  # RoPE tables and expert choices too
     assert report.free_run["bfloat16"]["kl_max"] > 100 * report.free_run["kl_max"]
     assert report.free_run["bfloat16"]["kl_mean"] < 3 * report.free_run["reference_bfloat16"]["kl_mean"]
 
@@ -242,6 +242,34 @@ def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpo
     jax.clear_caches()
     assert all(tap.verdict == "ok" for tap in report.taps)
     assert (report.precision, report.verdict) == ("fail", "fail")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "make", "tap"),
+    [
+        (modeling, "choose", lambda right: lambda logits, k: _last_but_one(right, logits, k), "expert_choice"),
+        (layers.RotaryEmbedding, "__call__", lambda right: lambda self, at: _rounded_angles(right, self, at), "rope"),
+    ],
+)
+def test_what_is_wrong_in_bfloat16_alone_fails_the_precision_arm(monkeypatch, sources, checkpoints, owner, name, make, tap):
+    monkeypatch.setattr(owner, name, make(owner.__dict__[name]))
+    report = compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16", tokens=24)
+    assert all(one.verdict == "ok" for one in report.taps)
+    worst = max(report.taps, key=lambda one: one.port_over_reference or 0.0)
+    assert (worst.tap, report.precision, report.verdict) == (tap, "fail", "fail")
+
+
+def _last_but_one(right, logits, k):
+    """In bfloat16 the last of the experts is the next one's."""
+    best = right(logits, k + 1)
+    return right(logits, k) if logits.dtype == jnp.float32 else jnp.concatenate([best[:, : k - 1], best[:, k:]], axis=1)
+
+
+def _rounded_angles(right, self, positions):
+    if self.cfg.dtype == jnp.float32:
+        return right(self, positions)
+    cos, sin = right(self, positions.astype(jnp.bfloat16).astype(jnp.int32))
+    return cos, sin
 
 
 def test_decoding_equals_the_whole_prompt(sources, checkpoints):
@@ -537,7 +565,7 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
     ("arguments", "message"),
     [
         (["{tmp}/none", "{dst}"], "error: {tmp}/none: expected a directory of safetensors files, found nothing"),
-        (["{src}", "{src}"], "error: {src}: expected an Orbax checkpoint (_METADATA), found"),
+        (["{src}", "{tmp}"], "error: {tmp}: expected an Orbax checkpoint (_METADATA), found"),
         (["{src}"], "error: {src}/conversion.json: expected a manifest of convert-oss, found none"),
         (["{src}", "{dst}", "--json", "{tmp}/no/f.json"], "error: {tmp}/no/f.json: expected a file in an existing directory"),
     ],

@@ -4,12 +4,15 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oss_model import ModelConfig
+from oss_model.layers import RotaryEmbedding
 from parity import compare, forms, forms_arm, metrics
 from parity.candidate import Candidate
-from parity.forms_arm import NEAR_TIE, compare_forms, replica, until
+from parity.forms_arm import NEAR_TIE, compare_forms, compare_long, replica, until
 from parity.mistakes.running import RUNNING
 from parity.prompts import random_prompt
 from parity.protocols import Answers, PortCan, Question
@@ -192,3 +195,28 @@ def test_a_text_ends_with_the_first_token_that_ends_it():
 
 def test_rows_have_no_near_tie_where_that_can_be(reference):
     assert min(margins.min() for margins in reference.kept.margins) >= NEAR_TIE
+
+
+# --- far from the start -----------------------------------------------------------------------------------------
+
+
+def _rotated_less(right):
+    """Positions past 1,000 are turned as 1,000 is."""
+    return lambda self, positions: right(self, jnp.minimum(positions, 1000))
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_long_row_shows_what_goes_wrong_past_a_thousand_tokens(checkpoints, sources, monkeypatch, fault):
+    monkeypatch.setattr(forms_arm, "LONG", 1100)
+    if fault:
+        monkeypatch.setattr(RotaryEmbedding, "__call__", _rotated_less(RotaryEmbedding.__call__))
+    jax.clear_caches()
+    report = Report("", "", "", 0, 0)
+    port = types.SimpleNamespace(can=PortCan(forms=forms.Forms(checkpoints["bfloat16"], ModelConfig.tiny())))
+    compare_long(port, Reference(sources["hf"]), report, seed=0, progress=lambda *_: None)  # type: ignore[arg-type]
+    jax.clear_caches()
+    one = report.forms[0]
+    assert (one.form, one.on, one.dtype, one.verdict) == ("long", "replica", "float32", "fail" if fault else "ok")
+    if fault:
+        assert (one.layer, one.tap) == (0, "q_rope")
+        assert "tokens from 100" in one.note

@@ -22,6 +22,7 @@ def _depth(name: str) -> float:
 
 
 EXIT = {"pass": 0, "fail": 1, "incomplete": 3}
+STORED = "none, stored bytes"  # the oracle of a report that is of these alone
 
 
 @dataclasses.dataclass
@@ -90,6 +91,8 @@ class Report:
     seed: int
     layers: bool = False  # was the semantics arm asked for?
     dtype: str = "float32"  # "bfloat16": the precision arm was asked for
+    oracle: str = "PyTorch, transformers, float32"
+    device: str = ""  # that the port computed on, where it is no CPU
     weights: list[Weight] = dataclasses.field(default_factory=list)
     loaded: int = 0  # parameters that were loaded, and looked at: they must be the bytes that are stored
     loading: list[Weight] = dataclasses.field(default_factory=list)  # those that are not
@@ -202,6 +205,8 @@ class Report:
             "tokens": self.tokens,
             "seed": self.seed,
             "dtype": self.dtype,
+            "oracle": self.oracle,
+            "device": self.device,
             "configs": self.configs,
             "warnings": self.warnings,
             "errors": self.errors,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from parity import configs
 from parity.metrics import PRECISION_FAIL
-from parity.reports.report import Report
+from parity.reports.report import STORED, Report
 
 
 class Section(NamedTuple):
@@ -64,7 +64,8 @@ def _weights(report: Report) -> Iterator[Section]:
     changed = [weight for weight in report.weights if weight.moved is not None]
     count, exact = len(report.weights), len(report.weights) - len(wrong) - len(changed)
     verdict = "fail" if wrong else "ok"
-    line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {'bit-exact, decoded by transformers':<36} "
+    how = "as stored" if report.oracle == STORED else "decoded by transformers"
+    line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {f'bit-exact, {how}':<36} "
     table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")

@@ -15,8 +15,9 @@ def table(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
+    device = f"   computed on {report.device}" if report.device else ""
     arms = "check-parity --layers" if report.layers else "check-parity"
-    yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: PyTorch, transformers, float32"
+    yield f"{arms}   {report.model}   {report.tokens} tokens   oracle: {report.oracle}{device}"
     for section in sections(report):
         yield from _taps(report) if section.name == "taps" else section.table
     yield f"{report.verdict.upper()}   {report.seconds:.1f} s   peak memory {report.peak_rss_bytes / 2**30:.1f} GiB"
