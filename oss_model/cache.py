@@ -39,6 +39,14 @@ class LayerCache(NamedTuple):
             self.positions.at[rows, slots].set(positions, mode="drop"),
         )
 
+    def seen_and_stored(self, keys: Array, values: Array, positions: Int[Array, "b l"]) -> tuple["LayerCache", "LayerCache"]:
+        """What queries among the new keys may look at, and the cache after.
+
+        One token is stored first: the slot it takes held what is out of its window by now, and nothing is copied.
+        """
+        after = self.store(keys, values, positions)
+        return (after if positions.shape[1] == 1 else self.followed_by(keys, values, positions)), after
+
     def followed_by(self, keys: Array, values: Array, positions: Int[Array, "b l"]) -> "LayerCache":
         """What a query among the new keys may look at: the cache and all of them.
 
@@ -73,6 +81,18 @@ def init_cache(cfg: ModelConfig, batch: int, size: int, dtype: Any = None) -> Ca
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.full((batch, slots), EMPTY, jnp.int32))
 
     return tuple(layer(kind) for kind in cfg.layer_types)
+
+
+def grown(cache: Cache, cfg: ModelConfig, size: int) -> Cache:
+    """With room for so many positions, where there was room for fewer: places stay, since positions count from 0."""
+
+    def more(layer: LayerCache, kind: str) -> LayerCache:
+        slots = (min(size, cfg.sliding_window) if kind == SLIDING else size) - layer.positions.shape[1]
+        room = ((0, 0), (0, slots), (0, 0), (0, 0))
+        keys, values = (jnp.pad(a, room) for a in (layer.keys, layer.values))
+        return LayerCache(keys, values, jnp.pad(layer.positions, room[:2], constant_values=EMPTY))
+
+    return tuple(more(*one) for one in zip(cache, cfg.layer_types, strict=True))
 
 
 def capacity(cache: Cache, cfg: ModelConfig) -> int | None:

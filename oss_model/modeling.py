@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oss_model import sharding
-from oss_model.attention import sink_attention, visibility
+from oss_model import attention, sharding
+from oss_model.attention import Tokens, in_order
 from oss_model.cache import EMPTY, Cache, LayerCache, capacity, next_positions
 from oss_model.config import SLIDING, ModelConfig
 from oss_model.errors import InputError
@@ -38,6 +38,7 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         heads, kv, dim, hidden = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.hidden_size
+        self.block = cfg.attention_block
         self.window = cfg.sliding_window if cfg.layer_types[layer] == SLIDING else None
         self.norm = RMSNorm(cfg)
         self.q_proj = Linear("blh,ndh->blnd", (heads, dim, hidden), (heads, dim), cfg, rngs=rngs)
@@ -47,15 +48,16 @@ class AttentionBlock(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros(heads, param_dtype(cfg)))
 
     def __call__(
-        self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
+        self, x: Float[Array, "b l h"], at: Tokens, rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
         y = tap("attn_norm", self.norm, x)
         q, k, v = tap("q", self.q_proj, y), tap("k", self.k_proj, y), tap("v", self.v_proj, y)
         q, k = tap("q_rope", rotate, q, rope), tap("k_rope", rotate, k, rope)
-        seen = LayerCache(k, v, positions) if cache is None else cache.followed_by(k, v, positions)
-        visible = visibility(positions, seen.positions, self.window)
-        core = tap("attn_core", sink_attention, q, seen.keys, seen.values, self.sinks[...], visible)
-        after = None if cache is None else cache.store(k, v, positions)
+        seen, after = LayerCache(k, v, at.positions), None
+        if cache is not None:
+            seen, after = cache.seen_and_stored(k, v, at.positions)
+        keys = at._replace(positions=seen.positions)
+        core = tap("attn_core", attention.attend, q, seen.keys, seen.values, self.sinks[...], at, keys, self.window, self.block)
         return x + tap("attn_out", self.o_proj, core), after
 
 
@@ -85,10 +87,10 @@ class TransformerBlock(nnx.Module):
         self.mlp = MLPBlock(cfg, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b l h"], positions: Int[Array, "b l"], rope: Rope, cache: LayerCache | None = None
+        self, x: Float[Array, "b l h"], at: Tokens, rope: Rope, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "b l h"], LayerCache | None]:
         with jax.named_scope("attn"):
-            x, cache = self.attn(x, positions, rope, cache)
+            x, cache = self.attn(x, at, rope, cache)
         with jax.named_scope("mlp"):
             x = rematerialized(self.mlp, self.mlp.cfg.remat == "mlp")(x)
         return tap("layer_out", lambda: x), cache
@@ -120,7 +122,11 @@ class Transformer(nnx.Module):
 
     @overload
     def __call__(
-        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: None = None
+        self,
+        tokens: Int[Array, "b l"],
+        positions: Int[Array, "b l"] | None = None,
+        cache: None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b l v"]: ...
     @overload
     def __call__(
@@ -131,49 +137,81 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None, cache: Cache
     ) -> tuple[Float[Array, "b l v"], Cache]: ...
     def __call__(
-        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
+        self,
+        tokens: Int[Array, "b l"],
+        positions: Int[Array, "b l"] | None = None,
+        cache: Cache | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b l v"] | tuple[Float[Array, "b l v"], Cache]:
         """Logits of the next token at every place, in `cfg.dtype`; with a cache: logits and the cache after.
 
         Args:
           tokens: int32 [batch, length].
-          positions: int32 [batch, length]; if not given 0, 1, 2, …, or on from where the cache ends. A negative
-            position marks padding, on either side or in between.
+          positions: int32 [batch, length]; if not given 0, 1, 2, … (of each segment), or on from where the cache ends. A
+            negative position marks padding, on either side or in between.
           cache: what came before (`cache.init_cache`), for the whole prompt at once or a token at a time. Positions that
             it has no room for give NaN, and are not stored.
+          segment_ids: int32 [batch, length], of documents that are packed into a row one after the other: a token sees its own
+            alone. 0 marks padding.
 
         Raises:
-          InputError: if no positions are given and there are more tokens than the cache has room for.
+          InputError: if no positions are given and there are more tokens than the cache has room for; if segments are given
+            with a cache.
         """
-        x, after = self.stream(tokens, positions, cache)
+        x, after = self.stream(tokens, positions, cache, segment_ids)
         return self.unembed(x) if after is None else (self.unembed(x), after)
 
     def stream(
-        self, tokens: Int[Array, "b l"], positions: Int[Array, "b l"] | None = None, cache: Cache | None = None
+        self,
+        tokens: Int[Array, "b l"],
+        positions: Int[Array, "b l"] | None = None,
+        cache: Cache | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
     ) -> tuple[Float[Array, "b l h"], Cache | None]:
         """The residual stream after the last block: `unembed` those places alone whose logits are wanted."""
         room = None if cache is None else capacity(cache, self.cfg)
-        if positions is None:
-            if room is not None and tokens.shape[1] > room:
-                raise InputError(
-                    f"cache: expected at most {room} tokens, as many as it was made for, found {tokens.shape[1]};"
-                    " init_cache with a larger size"
-                )
-            ahead = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-            positions = ahead if cache is None else next_positions(cache, tokens.shape[1])
-        beyond = None if room is None else positions >= room
+        at = self.place(tokens.shape, positions, cache, segment_ids)
+        beyond = None if room is None else at.positions >= room
         if beyond is not None:
-            positions = jnp.where(beyond, EMPTY, positions)
-        rope, x = self.rope(positions), self.embed(tokens)
+            at = at._replace(positions=jnp.where(beyond, EMPTY, at.positions))
+        rope, x = self.rope(at.positions), self.embed(tokens)
         after = []
         for n, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache[n]
             with in_layer(n), jax.named_scope("layer"):
-                x, layer_cache = rematerialized(block, self.cfg.remat == "block")(x, positions, rope, layer_cache)
+                x, layer_cache = rematerialized(block, self.cfg.remat == "block")(x, at, rope, layer_cache)
             after.append(layer_cache)
         if beyond is not None:
             x = jnp.where(beyond[..., None], jnp.nan, x)
         return x, None if cache is None else tuple(after)
+
+    def place(
+        self,
+        shape: tuple[int, ...],
+        positions: Int[Array, "b l"] | None,
+        cache: Cache | None,
+        segment_ids: Int[Array, "b l"] | None,
+    ) -> Tokens:
+        """Where these tokens are: as `__call__` says."""
+        if cache is not None and segment_ids is not None:
+            raise InputError("segment_ids: expected none with a cache, which holds one document a row, found some")
+        room = None if cache is None else capacity(cache, self.cfg)
+        if positions is not None:
+            ordered = in_order(positions, segment_ids)
+        elif cache is not None:
+            if room is not None and shape[1] > room:
+                raise InputError(
+                    f"cache: expected at most {room} tokens, as many as it was made for, found {shape[1]};"
+                    " init_cache with a larger size"
+                )
+            positions, ordered = next_positions(cache, shape[1]), True
+        else:
+            positions, ordered = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape), True
+            if segment_ids is not None:
+                positions = positions - attention.starts(segment_ids)
+        if segment_ids is not None:
+            positions = jnp.where(segment_ids == 0, EMPTY, positions)
+        return Tokens(positions, segment_ids, ordered)
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         return tap("embedding", self.embedding, tokens)

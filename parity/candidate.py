@@ -29,6 +29,7 @@ from oss_model import (
     init_cache,
     layouts,
 )
+from oss_model.attention import Tokens
 from oss_model.params import Loader, abstract_model, as_stored, is_orbax, parts, restore_arrays, stored_parameters
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
@@ -258,7 +259,7 @@ class CandidateLayer:
         for t in range(x.shape[1]):
             positions = jnp.full((x.shape[0], 1), t, jnp.int32)
             with tapping(_watch({}, {"expert_choice": experts[:, t]})):
-                out, cache = block(jnp.asarray(x[:, t : t + 1]), positions, rope(positions), cache)
+                out, cache = block(jnp.asarray(x[:, t : t + 1]), Tokens(positions), rope(positions), cache)
             outs.append(np.asarray(out))
         return np.concatenate(outs, axis=1)
 
@@ -266,7 +267,7 @@ class CandidateLayer:
 def _run(block: TransformerBlock, rope, x, positions, forced):
     seen: dict[str, jax.Array] = {}
     with tapping(_watch(seen, forced)):
-        block(x, positions, rope(positions))
+        block(x, Tokens(positions), rope(positions))
     return seen
 
 

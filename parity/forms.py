@@ -48,6 +48,7 @@ class Subject(NamedTuple):
 
 Result = list[np.ndarray] | Arrays | str
 WATCHED = "watched"
+BLOCK = 8  # of attention: several of them in a short row
 LONG_FORM = "long"  # asked for by itself, never among the others
 Run = Callable[[Subject, Answers], list[np.ndarray] | Arrays]
 
@@ -198,10 +199,15 @@ def _next(model: Transformer, tokens: jax.Array, cache: Any) -> Any:
 
 
 def cached(
-    subject: Subject, asked: Answers, *, left: bool = True, pieces: Callable[[int, int], list[int]] = lambda length, window: []
+    subject: Subject,
+    asked: Answers,
+    *,
+    left: bool = True,
+    pieces: Callable[[int, int], list[int]] = lambda length, window: [],
+    **changes: Any,
 ) -> list[np.ndarray]:
     """A prefill and then a token at a time, each row at its own place; its first part in `pieces` (of length and window)."""
-    model, window = load(subject), subject.cfg.sliding_window
+    model, window = load(subject, **changes), subject.cfg.sliding_window
     steps = min(window + 2, min(map(len, asked.rows)) - 1)
     firsts = [row[: len(row) - steps] for row in asked.rows]
     tokens, positions = batch(firsts, left)
@@ -241,9 +247,9 @@ def generated(subject: Subject, asked: Answers, ends: bool = False) -> list[np.n
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-def gradients(subject: Subject, asked: Answers, *, remat: str) -> Arrays:
+def gradients(subject: Subject, asked: Answers, **changes: Any) -> Arrays:
     """d mean cross entropy of the next token / d parameter, float32, by the model's own routing."""
-    model, tokens = load(subject, remat=remat), jnp.asarray(asked.rows[0][None], jnp.int32)
+    model, tokens = load(subject, **changes), jnp.asarray(asked.rows[0][None], jnp.int32)
     graphdef, state = nnx.split(model)
     # Gradients come in their parameter's dtype, and bfloat16 would hide a difference.
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, state)
@@ -313,8 +319,12 @@ def table(cfg: ModelConfig) -> dict[str, Form]:
         "jit": Form(LOGITS, jitted, default=True),
         "path loop": Form(LOGITS, functools.partial(eager, expert_path="loop")),
         "path scan": Form(LOGITS, functools.partial(jitted, expert_path="scan")),
+        "path grouped": Form(LOGITS, functools.partial(jitted, expert_path="grouped")),
         "path pairs": Form(LOGITS, functools.partial(jitted, expert_path="pairs")),
         "path ragged": Form(LOGITS, functools.partial(jitted, expert_path="ragged")),
+        "attention in blocks": Form(LOGITS, functools.partial(jitted, attention_block=BLOCK)),
+        "cache, in blocks": Form(LOGITS, functools.partial(cached, pieces=in_pieces, attention_block=BLOCK)),
+        "gradients in blocks": Form(GRADIENTS, functools.partial(gradients, attention_block=BLOCK)),
         "values": Form(LOGITS, jitted, stored="values"),
         "packed": Form(LOGITS, jitted, default=True, stored="packed"),
         "mesh fsdp": _mesh(fsdp=2),

@@ -97,7 +97,8 @@ class Judge:
         Experts are right that have the highest of the logits they were chosen by, rounded; a tie of those goes either way.
         """
         for tap in [tap for tap in self.report.taps if (tap.layer, tap.tap) == (layer, "expert_choice")]:
-            if {"router_logits", "expert_choice"} <= truth.keys() and "expert_choice" in got:
+            routing = {"router_logits", "expert_choice"}
+            if routing <= truth.keys() and routing <= got.keys() and self.rounds(got["router_logits"]):
                 logits = truth["router_logits"].astype(ml_dtypes.bfloat16).astype(np.float32)
                 chosen = got["expert_choice"].reshape(len(logits), -1)
                 wrong = self._not_best(logits, chosen, truth["expert_choice"].shape[-1])

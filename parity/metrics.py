@@ -18,7 +18,7 @@ FREE_RUN_GATE = 5e-5
 FREE_RUN_NOISE = 5e-6  # that worst
 # cos and sin, |difference| over (1 + angle). The frequencies come out of pow, which libraries round differently in
 # the last two places (2.4e-7), each side rounds the angle (1.2e-7), and YaRN's concentration multiplies (1.35). Where a
-# frequency is nearly all interpolated, 1 - ramp in float32 is off by more: 7e-7 against a ramp in float64, 1.1e-6 in the tables.
+# frequency is nearly all interpolated, 1 - ramp in float32 is off by more: 7e-7 against one in float64, 1.1e-6 in the tables.
 ROPE_GATE = 2e-6
 # Two experts whose reference logits are this much closer than the candidate's logit noise may change places.
 FLIP_MARGIN = 4.0

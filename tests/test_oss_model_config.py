@@ -577,7 +577,7 @@ def test_other_layer_types_are_kept():
         ({"dtype": "bf17"}, ["dtype: expected bfloat16 or float32, found bf17"]),
         ({"dtype": None}, ["dtype: expected bfloat16 or float32, found float64"]),
         ({"param_dtype": "int8"}, ["param_dtype: expected None or one of bfloat16, float32, mxfp4, found 'int8'"]),
-        ({"expert_path": "fast"}, ["expert_path: expected one of auto, loop, scan, pairs, ragged, found 'fast'"]),
+        ({"expert_path": "fast"}, ["expert_path: expected one of auto, loop, scan, grouped, pairs, ragged, found 'fast'"]),
         ({"num_hidden_layers": 6}, ["layer_types: expected 6 entries, one a layer, found 5"]),
         (
             {"param_dtype": "mxfp4", "hidden_size": 100, "intermediate_size": 161},

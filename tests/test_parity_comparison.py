@@ -137,7 +137,13 @@ def test_a_layer_at_a_time_is_bitwise_the_model_in_memory(monkeypatch, sources, 
 
 
 def test_compiled_layers_and_every_expert_path_pass(sources, checkpoints):
-    for options in ({"compiled": True}, {"expert_path": "scan"}, {"expert_path": "pairs"}, {"expert_path": "ragged"}):
+    for options in (
+        {"compiled": True},
+        {"expert_path": "scan"},
+        {"expert_path": "grouped"},
+        {"expert_path": "pairs"},
+        {"expert_path": "ragged"},
+    ):
         report = compare(sources["hf"], Candidate(checkpoints["bfloat16"], **options))
         assert report.verdict == "pass", options
         assert max(tap.worst_token_rel_l2 for tap in report.taps if tap.tap != "rope") < 4e-6
@@ -236,7 +242,7 @@ def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpo
         out = attention.sink_attention(q, k, v, sinks, visible)
         return out if out.dtype == jnp.float32 else jnp.round(out * 8) / 8
 
-    monkeypatch.setattr(modeling, "sink_attention", careless)
+    monkeypatch.setattr(attention, "sink_attention", careless)
     jax.clear_caches()
     report = compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16")
     jax.clear_caches()
@@ -326,13 +332,13 @@ def test_a_gradient_that_does_not_flow_is_found_in_its_layer(monkeypatch, source
     assert report.free_run["verdict"] == "ok"
 
 
-def without_the_last_layer(self, tokens, positions=None, cache=None):
+def without_the_last_layer(self, tokens, positions=None, cache=None, segment_ids=None):
     """A wrong `Transformer.stream`."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    x, rope = self.embed(tokens), self.rope(positions)
+    at = self.place(tokens.shape, positions, cache, segment_ids)
+    x, rope = self.embed(tokens), self.rope(at.positions)
     for n, block in enumerate(list(self.layers)[:-1]):
         with in_layer(n):
-            x, _ = block(x, positions, rope)
+            x, _ = block(x, at, rope)
     return x, None
 
 
@@ -551,9 +557,9 @@ def test_without_arguments_the_whole_tool_runs():
 
 
 def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
-    right = modeling.sink_attention
+    right = attention.sink_attention
     wrong = lambda q, k, v, sinks, visible: right(q, k, v, sinks * 0, visible)  # noqa: E731
-    monkeypatch.setattr(modeling, "sink_attention", wrong)
+    monkeypatch.setattr(attention, "sink_attention", wrong)
     result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), "--layers", "--forms", "none"])
     assert result.exit_code == 1
     (marked,) = (line for line in result.stdout.splitlines() if line.endswith("<- first"))

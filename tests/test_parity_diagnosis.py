@@ -301,7 +301,7 @@ def test_a_number_that_was_not_measured_is_what_it_is_consistent_with(name):
 
 def test_the_pattern_of_a_mistake_nobody_has_made_before(monkeypatch, sources, checkpoints):
     attend = attention.sink_attention
-    monkeypatch.setattr(modeling, "sink_attention", lambda *args: attend(*args).at[:, :, 3].multiply(1.1))
+    monkeypatch.setattr(attention, "sink_attention", lambda *args: attend(*args).at[:, :, 3].multiply(1.1))
     report = compare(sources["hf"], checkpoints["bfloat16"])
     assert report.diagnosis is None
     assert report.pattern == "head 3 of 14; all channels"
@@ -379,7 +379,7 @@ def test_mistakes_in_files_of_every_layout_and_dtype(tmp_path, sources, checkpoi
 
 def test_the_pattern_leaves_padding_out_and_sees_what_is_no_number(monkeypatch, sources, checkpoints):
     attend = attention.sink_attention
-    monkeypatch.setattr(modeling, "sink_attention", lambda *args: attend(*args).at[:, :, 3].set(jnp.nan).at[1, 10:].set(7.0))
+    monkeypatch.setattr(attention, "sink_attention", lambda *args: attend(*args).at[:, :, 3].set(jnp.nan).at[1, 10:].set(7.0))
     valid = np.arange(28)[None] < np.array([[28], [10]])
     report = compare(sources["hf"], checkpoints["bfloat16"], prompt=Prompt(np.full((2, 28), 5), valid))
     assert report.pattern == "head 3 of 14; all channels"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oss_model import InputError, modeling
+from oss_model import InputError, attention
 from oss_model.taps import LAYER_TAPS
 from parity import compare, metrics
 from parity.walk import Call
@@ -30,8 +30,8 @@ def touched(monkeypatch):
 
 def test_two_faults_in_two_layers_are_both_named(monkeypatch, sources, checkpoints):
     """A wrong window in the full layers and a wrong swiglu everywhere: each has its own finding."""
-    visibility, alpha = modeling.visibility, 1.0
-    monkeypatch.setattr(modeling, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
+    visibility, alpha = attention.visibility, 1.0
+    monkeypatch.setattr(attention, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
     from oss_model import expert_paths
 
     swiglu = expert_paths.swiglu
@@ -59,8 +59,8 @@ def _with(cfg, **changes):
 
 def test_a_wrong_parameter_and_wrong_code_in_one_layer_are_both_told(monkeypatch, sources, tmp_path, checkpoints):
     checkpoint = rewritten(checkpoints["bfloat16"], tmp_path / "wrong", "layers.0.attn.sinks", np.zeros_like)
-    visibility = modeling.visibility
-    monkeypatch.setattr(modeling, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
+    visibility = attention.visibility
+    monkeypatch.setattr(attention, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
     report = compare(sources["hf"], checkpoint)
     assert report.first_divergence == {"layer": 0, "tap": "attn_core"}
     assert report.diagnosis["name"] == "window-one-long"
@@ -175,8 +175,8 @@ def test_a_mistake_of_the_code_behind_trained_parameters_is_named(monkeypatch, s
     trained = rewritten(
         checkpoints["bfloat16"], tmp_path / "trained", "layers.0.attn.q_proj.weight", lambda v: (v * 1.25).astype(v.dtype)
     )
-    visibility = modeling.visibility
-    monkeypatch.setattr(modeling, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
+    visibility = attention.visibility
+    monkeypatch.setattr(attention, "visibility", lambda q, k, window: visibility(q, k, 12 if window == 11 else window))
     report = compare(sources["hf"], trained, expect_changed=[".*q_proj.weight"])
     assert report.diagnosis["name"] == "window-one-long"
     assert report.taps[1].gate < metrics.SEMANTICS_GATE

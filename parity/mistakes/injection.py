@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from oss_model import Transformer, TransformerBlock, create_model_from_checkpoint, expert_paths, layers, modeling
+from oss_model import Transformer, TransformerBlock, attention, create_model_from_checkpoint, expert_paths, layers, modeling
 from oss_model.params import abstract_model
 from parity.candidate import Candidate, CandidateLayer
 from parity.protocols import Arrays, Settings
@@ -215,7 +215,7 @@ def _cast_first(self: Any, x: jax.Array) -> jax.Array:
 
 def _attention(change: Callable[..., tuple]) -> Injection:
     """`change(q, k, v, sinks, visible)` gives what attention is computed from instead."""
-    return _code(modeling, "sink_attention", lambda right: lambda *given: right(*change(*given)))
+    return _code(attention, "sink_attention", lambda right: lambda *given: right(*change(*given)))
 
 
 def _sinks(change: Callable[[jax.Array, jax.Array], jax.Array]) -> Injection:
@@ -223,7 +223,7 @@ def _sinks(change: Callable[[jax.Array, jax.Array], jax.Array]) -> Injection:
 
 
 def _visible(change: Callable[[Any, jax.Array, jax.Array, int | None], jax.Array]) -> Injection:
-    return _code(modeling, "visibility", lambda right: lambda queries, keys, window: change(right, queries, keys, window))
+    return _code(attention, "visibility", lambda right: lambda queries, keys, window: change(right, queries, keys, window))
 
 
 def _rotated(change: Callable[..., jax.Array]) -> Injection:
@@ -322,16 +322,16 @@ def _choose(compute: Callable[[jax.Array, int], jax.Array]) -> Injection:
 
 
 def _parallel(right):
-    def block(self, x, positions, rope, cache=None):
-        after, cache = self.attn(x, positions, rope, cache)
+    def block(self, x, at, rope, cache=None):
+        after, cache = self.attn(x, at, rope, cache)
         return modeling.tap("layer_out", lambda: after + self.mlp(x) - x), cache
 
     return block
 
 
 def _early_residual(right):
-    def block(self, x, positions, rope, cache=None):
-        after, cache = self.attn(x, positions, rope, cache)
+    def block(self, x, at, rope, cache=None):
+        after, cache = self.attn(x, at, rope, cache)
         return modeling.tap("layer_out", lambda: x + self.mlp(after) - after), cache
 
     return block
@@ -365,10 +365,10 @@ def _within(change: Callable[..., tuple]) -> Injection:
     """Attention of what `change(x, rope, q, k, v, ...)` gives: x is the block's input."""
 
     def make(right):
-        def block(self, x, positions, rope, cache=None):
-            attend = modeling.sink_attention
-            with mock.patch.object(modeling, "sink_attention", lambda *given: attend(*change(x, rope, *given))):
-                return right(self, x, positions, rope, cache)
+        def block(self, x, at, rope, cache=None):
+            attend = attention.sink_attention
+            with mock.patch.object(attention, "sink_attention", lambda *given: attend(*change(x, rope, *given))):
+                return right(self, x, at, rope, cache)
 
         return block
 
@@ -456,8 +456,8 @@ INJECTIONS: dict[str, Injection] = {
     # Numerically equivalent: see `parity.mistakes.catalogue.EQUIVALENT`.
     "norm-cast-first": _norm(_cast_first),
     "router-softmax-renormalised": _weigh(_renormalised),
-    "sinks-softmax-rescaled": _code(modeling, "sink_attention", _rescaled),
-    "mask-finite": _code(modeling, "sink_attention", _finite_mask),
+    "sinks-softmax-rescaled": _code(attention, "sink_attention", _rescaled),
+    "mask-finite": _code(attention, "sink_attention", _finite_mask),
     "norm-eps": Injection(block=lambda block: [setattr(part.norm, "eps", 1e-6) for part in (block.attn, block.mlp)]),  # type: ignore
     "norm-one-plus-scale": _parameters(lambda v, cfg: v.astype(jnp.float32) + 1, *_SCALES),
     "norm-unscaled": _parameters(lambda v, cfg: jnp.ones_like(v), *_SCALES),

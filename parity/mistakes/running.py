@@ -17,6 +17,7 @@ from jax.core import Tracer
 from oss_model import (
     Transformer,
     TransformerBlock,
+    attention,
     cache,
     expert_paths,
     experts,
@@ -113,7 +114,7 @@ def _before(right):
 
 
 def _attention(change: Callable[..., jax.Array]) -> tuple[tuple[Any, str, Make], ...]:
-    return ((modeling, "sink_attention", lambda right: lambda *given: change(right, *given)),)
+    return ((attention, "sink_attention", lambda right: lambda *given: change(right, *given)),)
 
 
 def _first_rows_keys(right, q, k, v, sinks, visible):
@@ -235,7 +236,7 @@ RUNNING: dict[str, Mistake] = {
     "rows-see-the-first": Mistake(
         "rows", "other rows see the first one's keys", _attention(_first_rows_keys), ANY, (0, "attn_core")
     ),
-    "padding-seen": Mistake("rows", "queries see padding", ((modeling, "visibility", _seen_padding),), ANY, (0, "attn_core")),
+    "padding-seen": Mistake("rows", "queries see padding", ((attention, "visibility", _seen_padding),), ANY, (0, "attn_core")),
     "padding-is-nan": Mistake(
         "rows",
         "a query that sees nothing becomes NaN, and its value reaches others",
@@ -250,9 +251,17 @@ RUNNING: dict[str, Mistake] = {
         ("jit", "packed", "cache"),
         (0, "attn_core"),
     ),
-    "scan-wrong": Mistake("path", "the path scan is wrong", _path("scan"), ("jit", "path scan"), (0, "mlp_out")),
-    "pairs-wrong": Mistake("path", "the path pairs is wrong", _path("pairs"), ("cache", "path pairs"), (0, "mlp_out")),
+    "scan-wrong": Mistake("path", "the path scan is wrong", _path("scan"), ("path scan",), (0, "mlp_out")),
+    "grouped-wrong": Mistake("path", "the path grouped is wrong", _path("grouped"), ("jit", "path grouped"), (0, "mlp_out")),
+    "pairs-wrong": Mistake("path", "the path pairs is wrong", _path("pairs"), ("path pairs",), (0, "mlp_out")),
     "ragged-wrong": Mistake("path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out")),
+    "blocks-wrong": Mistake(
+        "path",
+        "attention is wrong where it is computed in blocks",
+        ((attention, "in_blocks", lambda right: lambda q, *rest: right(q, *rest) * jnp.asarray(1.01, q.dtype)),),
+        ("attention in blocks", "cache, in blocks"),
+        (0, "attn_core"),
+    ),
     "mesh-wrong": Mistake(
         "mesh",
         "the sum over a mesh is wrong",
@@ -290,7 +299,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
     ),
     "keys-lost-past-32": Mistake(
-        "cache", "keys more than 32 places back are lost", ((modeling, "visibility", _forgetting),), ("generate",)
+        "cache", "keys more than 32 places back are lost", ((attention, "visibility", _forgetting),), ("generate",)
     ),
     "next-position-one-too-many": Mistake(
         "cache",
@@ -308,7 +317,7 @@ RUNNING: dict[str, Mistake] = {
     "generate-ignores-eos": Mistake(
         "generate",
         "a text does not end where it should",
-        ((generation, "_generate", lambda right: lambda *given: right(*given[:5], (), given[6])),),
+        ((generation, "_generate", lambda right: lambda *given: right(*given[:5], jnp.zeros(0, jnp.int32), *given[6:])),),
         ("generate, eos",),
     ),
     "lora-scale-ignored": Mistake(

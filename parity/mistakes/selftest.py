@@ -37,6 +37,7 @@ COSINE_TOKENS, COSINE = 8, 0.99
 HEALTHY: tuple[dict[str, Any], ...] = (
     {},
     {"expert_path": "scan"},
+    {"expert_path": "grouped"},
     {"expert_path": "pairs"},
     {"expert_path": "ragged"},
     {"compiled": True},

@@ -11,7 +11,6 @@ missed or something false was said.
 """
 
 import argparse
-import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ from parity.mistakes.catalogue import CODE, applies
 from parity.mistakes.injection import Faulty
 from parity.walk import Call
 
-DELTAS = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+DELTAS = {True: (1e-4, 3e-5, 1e-5, 3e-6), False: (3e-3, 1e-3, 3e-4, 1e-4)}  # of a whole tap, of a channel of one token
 ALSO = {"k_rope": "q_rope", "mlp_norm": "attn_norm"}  # taps that a mistake of another one shows at too: its name is true there
 TAPS = [tap for tap in LAYER_TAPS if tap != "expert_choice"]
 
@@ -85,7 +84,8 @@ def smallest(root: Path, seeds: int) -> None:
     right = Call._hook
     print(f"{'tap':<15} {'whole tap':>10} {'one channel of one token':>25}   smallest of {seeds} of {seeds} seeds")
     least: dict[tuple[str, bool], float] = {}
-    for whole, delta in itertools.product((True, False), sorted(DELTAS, reverse=True)):
+    found = {True: set(TAPS), False: set(TAPS)}  # at every delta so far
+    for whole, delta in [(whole, delta) for whole, deltas in DELTAS.items() for delta in deltas]:
 
         def hook(self, layer, name, value, whole=whole, delta=delta):
             if layer == 2 and name in TAPS:
@@ -95,13 +95,10 @@ def smallest(root: Path, seeds: int) -> None:
             return right(self, layer, name, value)
 
         Call._hook = hook
-        missed: set[str] = set()
         for source, checkpoint in pairs:
             report = compare(source, checkpoint)
-            missed |= set(TAPS) - {tap.tap for tap in report.taps if tap.layer == 2 and tap.verdict == "fail"}
-        for tap in set(TAPS) - missed:
-            if least.get((tap, whole), delta * 4) < delta * 4:
-                least[tap, whole] = delta
+            found[whole] &= {tap.tap for tap in report.taps if tap.layer == 2 and tap.verdict == "fail"}
+        least |= {(tap, whole): delta for tap in found[whole]}
         Call._hook = right
     for tap in TAPS:
         print(f"{tap:<15} {least.get((tap, True), np.inf):>10.0e} {least.get((tap, False), np.inf):>25.0e}")

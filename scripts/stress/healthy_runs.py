@@ -33,6 +33,7 @@ LAYOUTS = (("hf", "bfloat16"), ("hf-bf16", "float32"), ("openai", "mxfp4"))
 PATHS: tuple[dict[str, Any], ...] = (
     {},
     {"expert_path": "scan"},
+    {"expert_path": "grouped"},
     {"expert_path": "pairs"},
     {"expert_path": "ragged"},
     {"compiled": True},
