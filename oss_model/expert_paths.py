@@ -5,6 +5,7 @@ gated unit (0 gate, 1 up). Parameters come as a dict an expert map (`oss_model.e
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,13 @@ def add_up(x, choice, weights, gate_up: dict[str, Array], down: dict[str, Array]
 def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
     if cfg.expert_path != "auto":
         return cfg.expert_path
-    if x.shape[0] * cfg.num_experts_per_tok <= gate_up["bias"].shape[0]:
+    pairs, on_cpu = x.shape[0] * cfg.num_experts_per_tok, jax.default_backend() == "cpu"
+    few = gate_up["bias"].shape[0]
+    if on_cpu:  # where a copy of an expert in float32 costs more than to read all of them
+        few = UNROLLED if "blocks" in gate_up or x.dtype == jnp.bfloat16 else 0
+    if pairs <= few:
         return "pairs"
-    return "scan" if jax.default_backend() == "cpu" else "ragged"
+    return "grouped" if on_cpu else "ragged"
 
 
 def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
@@ -132,24 +137,198 @@ def _scan(x, choice, weights, gate_up, down, cfg: ModelConfig):
     return jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), (by_expert, gate_up, down))[0]
 
 
+UNROLLED = 8  # pairs, up to which each is compiled by itself: in a loop XLA on CPU copies all experts for each
+
+
 @functools.partial(jax.jit, static_argnames="cfg")
 def _pairs(x, choice, weights, gate_up, down, cfg: ModelConfig):
     """Each (token, expert) pair in turn, reading only the experts that are used: for the few tokens of decoding."""
-    k = choice.shape[1]
+    k, count = choice.shape[1], down["bias"].shape[0]
 
     def compute(token, expert, weight):
-        w1, w2 = ({name: array[expert] for name, array in stored.items()} for stored in (gate_up, down))
+        w1, w2 = ({name: _one(array, expert) for name, array in stored.items()} for stored in (gate_up, down))
         return (_expert(x[token][None], w1, w2, cfg)[0] * weight).astype(jnp.float32)
 
     def one(pair):
         token, expert, weight = pair
+        if count == cfg.num_experts:  # all are here
+            return compute(token, expert, weight)
         elsewhere = functools.partial(jnp.zeros, x.shape[1:], jnp.float32)
-        here = _here(expert, down["bias"].shape[0])
-        return jax.lax.cond(here, compute, lambda *_: elsewhere(), token, expert, weight)
+        return jax.lax.cond(_here(expert, count), compute, lambda *_: elsewhere(), token, expert, weight)
 
     tokens = jnp.repeat(jnp.arange(x.shape[0]), k)
-    out = jax.lax.map(one, (tokens, choice.reshape(-1), weights.reshape(-1)))
+    pairs = tokens, choice.reshape(-1), weights.reshape(-1)
+    if choice.size <= UNROLLED:
+        out = jnp.stack([one(tuple(a[n] for a in pairs)) for n in range(choice.size)])
+    else:
+        out = jax.lax.map(one, pairs)
     return out.reshape(x.shape[0], k, -1).sum(axis=1)
+
+
+# --- grouped ----------------------------------------------------------------------------------------------------
+
+
+class Groups(NamedTuple):
+    """Pairs of a token and an expert, sorted by expert; those of no expert here come last.
+
+    Attributes:
+      expert: of each pair, in their own order; as many as there are experts here where it is none of these.
+      pairs: the pairs in sorted order. place: where each pair has come to.
+      starts, sizes: of each expert's run.
+    """
+
+    expert: Int[Array, " p"]
+    pairs: Int[Array, " p"]
+    place: Int[Array, " p"]
+    starts: Int[Array, " e"]
+    sizes: Int[Array, " e"]
+
+
+def _groups(choice: Int[Array, "t k"], count: int) -> Groups:
+    expert = jnp.where(_here(choice, count), choice, count).reshape(-1)
+    pairs = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
+    return Groups(expert, pairs, jnp.argsort(pairs).astype(jnp.int32), jnp.cumsum(sizes).astype(jnp.int32) - sizes, sizes)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _grouped(x, choice, weights, gate_up, down, cfg: ModelConfig):
+    """Tokens sorted by expert, each expert on its own, in blocks of rows: for CPUs.
+
+    Of values all experts at once, on as many rows each as a balanced router gives the fullest; what is more goes in blocks
+    after. Of packed experts, and in the backward pass, one expert after the other: no more than one's values are in memory.
+    """
+    moving, packed = ([{n: a for n, a in stored.items() if (n in PACKED) == of} for stored in (gate_up, down)] for of in (0, 1))
+    return _sum_of_groups(x, weights, moving, packed, choice, cfg)
+
+
+PACKED = ("blocks", "scales")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _sum_of_groups(x, weights, moving, packed, choice, cfg: ModelConfig):
+    k, count, flat = choice.shape[1], moving[1]["bias"].shape[0], weights.reshape(-1)
+    groups = _groups(choice, count)
+    gate_up, down = ({**a, **b} for a, b in zip(moving, packed, strict=True))
+
+    def weighed(rows, weight, gate_up, down):
+        return (_expert(rows, gate_up, down, cfg) * weight[:, None]).astype(jnp.float32)
+
+    def in_blocks(size, skipped):
+        """float32 [pairs, hidden], sorted: what is left of each expert after so many of its rows."""
+        pairs = jnp.pad(groups.pairs, (0, size))
+
+        def expert(e, out):
+            def block(i, out):
+                at = groups.starts[e] + skipped + i * size
+                some = jax.lax.dynamic_slice_in_dim(pairs, at, size)
+                one = ({name: _one(array, e) for name, array in stored.items()} for stored in (gate_up, down))
+                return _put(out, at, weighed(x[some // k], flat[some], *one), groups.starts[e] + groups.sizes[e])
+
+            left = jnp.maximum(groups.sizes[e] - skipped, 0)
+            return jax.lax.fori_loop(0, (left + size - 1) // size, block, out)
+
+        return jax.lax.fori_loop(0, count, expert, jnp.zeros((choice.size + size, x.shape[1]), jnp.float32))
+
+    rows = _rows(x.shape[0], k, count)
+    if packed[0]:
+        out = in_blocks(rows, 0)[groups.place]
+    else:
+        offsets = jnp.arange(rows, dtype=jnp.int32)
+        some = groups.pairs[jnp.minimum(groups.starts[:, None] + offsets[None], choice.size - 1)]
+        first = jax.vmap(weighed)(x[some // k], flat[some], gate_up, down).reshape(count * rows, -1)
+        offset = groups.place - groups.starts.at[groups.expert].get(mode="fill", fill_value=0)
+        out = first[jnp.minimum(groups.expert * rows + offset, count * rows - 1)]
+        more = (groups.sizes > rows).any()
+        rest = functools.partial(jnp.zeros, (choice.size + rows, x.shape[1]), jnp.float32)
+        out = jnp.where((offset < rows)[:, None], out, jax.lax.cond(more, lambda: in_blocks(rows, rows), rest)[groups.place])
+    out = jnp.where((groups.expert < count)[:, None], out, 0)
+    return out.reshape(x.shape[0], k, -1).sum(axis=1)
+
+
+def _rows(tokens: int, k: int, count: int) -> int:
+    """How many rows an expert is given: what the fullest has where each token goes anywhere with equal chance."""
+    mean = tokens * k / count
+    return min(-(-int(mean + 2.5 * mean**0.5 + 1) // 8) * 8, tokens)
+
+
+def _put(out: Array, at, rows: Array, end) -> Array:
+    """`rows` in place of those of `out` from `at` on, as far as `end`."""
+    kept = jax.lax.dynamic_slice_in_dim(out, at, rows.shape[0])
+    mine = (at + jnp.arange(rows.shape[0]) < end).reshape(-1, *(1,) * (rows.ndim - 1))
+    return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, rows.astype(out.dtype), kept), at, 0)
+
+
+def _groups_forward(x, weights, moving, packed, choice, cfg: ModelConfig):
+    return _sum_of_groups(x, weights, moving, packed, choice, cfg), (x, weights, moving, packed, choice)
+
+
+def _groups_backward(cfg: ModelConfig, kept, slope):
+    """Each expert's blocks once more, and back; its own gradients are summed in float32."""
+    x, weights, moving, packed, choice = kept
+    k, count, flat = choice.shape[1], moving[1]["bias"].shape[0], weights.reshape(-1)
+    groups, size = _groups(choice, count), _rows(x.shape[0], k, count)
+    pairs = jnp.pad(groups.pairs, (0, size))
+
+    def expert(carry, one):
+        start, number, bits, *bytes_ = one
+        mine = _values(bits)
+
+        def weighed(rows, weight, mine):
+            gate_up, down = ({**a, **b} for a, b in zip(mine, bytes_, strict=True))
+            return (_expert(rows, gate_up, down, cfg) * weight[:, None]).astype(jnp.float32)
+
+        def block(i, carry):
+            of_rows, of_weights, total = carry
+            at, end = start + i * size, start + number
+            some = jax.lax.dynamic_slice_in_dim(pairs, at, size)
+            _, back = jax.vjp(weighed, x[some // k], flat[some], mine)
+            mask = (at + jnp.arange(size) < end)[:, None]
+            rows, weight, more = back(jnp.where(mask, slope[some // k], 0))
+            total = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, more)
+            return _put(of_rows, at, rows, end), _put(of_weights, at, weight, end), total
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), mine)
+        *carry, total = jax.lax.fori_loop(0, (number + size - 1) // size, block, (*carry, zeros))
+        return tuple(carry), _bits(jax.tree.map(lambda a, like: a.astype(like.dtype), total, mine))
+
+    start = jnp.zeros((choice.size + size, x.shape[1]), jnp.float32), jnp.zeros(choice.size + size, jnp.float32)
+    (of_rows, of_weights), of_moving = jax.lax.scan(expert, start, (groups.starts, groups.sizes, _bits(moving), *packed))
+    here = (groups.expert < count)[:, None]
+    of_x = jnp.where(here, of_rows[groups.place], 0).reshape(x.shape[0], k, -1).sum(axis=1).astype(x.dtype)
+    of_weights = jnp.where(here[:, 0], of_weights[groups.place], 0).reshape(weights.shape).astype(weights.dtype)
+    return of_x, of_weights, _values(of_moving), None, None
+
+
+_sum_of_groups.defvjp(_groups_forward, _groups_backward)
+
+
+# XLA on CPU cuts bfloat16 out of an array, and puts it in, by way of all of it in float32; integers it just copies.
+
+
+def _bits(tree: Any) -> Any:
+    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+    return jax.tree.map(lambda a: cast(a) if a.dtype == jnp.bfloat16 else a, tree)
+
+
+def _values(tree: Any) -> Any:
+    cast = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
+    return jax.tree.map(lambda a: cast(a) if a.dtype == jnp.uint16 else a, tree)
+
+
+def _one(array: Array, n) -> Array:
+    return _of_bfloat16(array, n) if array.dtype == jnp.bfloat16 else array[n]
+
+
+@jax.custom_vjp
+def _of_bfloat16(array, n):
+    return _values(_bits(array)[n])
+
+
+_of_bfloat16.defvjp(
+    lambda array, n: (_of_bfloat16(array, n), (jnp.zeros_like(array), n)),
+    lambda kept, slope: (kept[0].at[kept[1]].add(slope), None),
+)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -187,4 +366,4 @@ def _here(expert: Int[Array, "*s"], count: int) -> Bool[Array, "*s"]:
     return (expert >= 0) & (expert < count)
 
 
-PATHS = {"loop": _loop, "scan": _scan, "pairs": _pairs, "ragged": _ragged}
+PATHS = {"loop": _loop, "scan": _scan, "grouped": _grouped, "pairs": _pairs, "ragged": _ragged}

@@ -65,7 +65,8 @@ def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
 
 
 @pytest.mark.parametrize(
-    ("platform", "tokens", "path"), [("cpu", FEW, "pairs"), ("cpu", MANY, "scan"), ("gpu", MANY, "ragged")]
+    ("platform", "tokens", "path"),
+    [("cpu", FEW, "grouped"), ("cpu", MANY, "grouped"), ("gpu", FEW, "pairs"), ("gpu", MANY, "ragged")],
 )
 def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tokens, path):
     """The same in eager code, under jit, and under grad with respect to a part of the parameters."""
@@ -87,7 +88,7 @@ def test_without_jit_the_experts_are_traced_once(block, monkeypatch):
     traces = []
     swiglu = expert_paths.swiglu
     monkeypatch.setattr(expert_paths, "swiglu", lambda *args: traces.append(args) or swiglu(*args))
-    for path in ("scan", "pairs", "ragged"):
+    for path in ("scan", "grouped", "pairs", "ragged"):
         module, x = by(block, path), stream(13)
         module(x)
         first = len(traces)
@@ -117,3 +118,44 @@ def test_the_loop_over_experts_is_refused_where_values_are_not_at_hand(block, wh
     with pytest.raises(InputError, match=re.escape(fault)) as caught:
         call(module, x)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_on_a_cpu_few_pairs_go_alone_where_experts_are_cheap_to_copy(cfg):
+    values, packed = {"bias": jnp.zeros((9, 2, 160))}, {"bias": jnp.zeros((9, 2, 160)), "blocks": jnp.zeros(1)}
+    path = lambda tokens, dtype, stored: expert_paths._path(jnp.zeros((tokens, 96), dtype), stored, cfg)  # noqa: E731
+    assert path(2, jnp.bfloat16, values) == path(2, jnp.float32, packed) == "pairs"
+    assert path(2, jnp.float32, values) == path(3, jnp.bfloat16, values) == "grouped"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("held", [9, 4])
+@pytest.mark.parametrize("bias", [0, 30])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_groups_are_the_same_sum(cfg, packed, held, bias, dtype):
+    """Balanced, and where one expert gets more than its rows; all experts here, and some on other devices."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) * 0.1, dtype)  # noqa: E731
+    gate_up, down = {"bias": draw(held, 2, 160)}, {"bias": draw(held, 96)}
+    if packed:
+        for stored, rows in ((gate_up, (held, 2, 160, 3)), (down, (held, 96, 5))):
+            stored["blocks"] = jnp.asarray(rng.integers(0, 256, (*rows, 16)), jnp.uint8)
+            stored["scales"] = jnp.asarray(rng.integers(118, 124, rows), jnp.uint8)
+    else:
+        gate_up["weight"], down["weight"] = draw(held, 2, 160, 96), draw(held, 96, 160)
+    x, logits = draw(40, 96) * jnp.asarray(10, dtype), rng.standard_normal((40, 9)) + bias * np.eye(9)[0]
+    choice = jax.lax.top_k(jnp.asarray(logits, jnp.float32), 4)[1]
+    weights = jax.nn.softmax(draw(40, 4)).astype(dtype)
+    slope = jnp.asarray(rng.standard_normal((40, 96)), jnp.float32)
+
+    def found(path):
+        def of(x, weights, biases):
+            stored = ({**a, "bias": b} for a, b in zip((gate_up, down), biases, strict=True))
+            return (expert_paths.PATHS[path](x, choice, weights, *stored, cfg) * slope).sum()
+
+        out = expert_paths.PATHS[path](x, choice, weights, gate_up, down, cfg)
+        return out, jax.grad(of, argnums=(0, 1, 2))(x, weights, (gate_up["bias"], down["bias"]))
+
+    bound = 2e-6 if dtype == jnp.float32 else 2e-2
+    for one, other in zip(jax.tree.leaves(found("scan")), jax.tree.leaves(found("grouped")), strict=True):
+        one, other = (np.asarray(a, np.float32) for a in (one, other))
+        assert np.abs(one - other).max() <= bound * np.abs(one).max() + 1e-12

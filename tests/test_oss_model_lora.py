@@ -60,7 +60,7 @@ def test_parameters_start_as_an_update_of_zero(checkpoints, cfg, tokens):
     assert all(a.dtype == np.float32 for a in values(model, nnx.LoRAParam).values())
 
 
-@pytest.mark.parametrize("path", ["loop", "scan", "pairs", "ragged"])
+@pytest.mark.parametrize("path", ["loop", "scan", "grouped", "pairs", "ragged"])
 def test_every_path_adds_the_update(path, checkpoints, cfg, tokens):
     """Against the same model with the update folded into float32 weights, which knows nothing of LoRA."""
     model = adapted(checkpoints, cfg, "float32", path=path)

@@ -59,7 +59,7 @@ def assert_same_logits(got, want, bound=LOGITS):
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf-bf16", "openai"])
-@pytest.mark.parametrize("path", ["scan", "pairs", "ragged"])
+@pytest.mark.parametrize("path", ["scan", "grouped", "pairs", "ragged"])
 def test_float32_logits_equal_transformers(sources, cfg, prompt, want, layout, path):
     model = create_model_from_checkpoint(sources[layout], dataclasses.replace(cfg, expert_path=path, param_dtype="bfloat16"))
     logits = forward(model, prompt)
@@ -287,7 +287,7 @@ def test_packed_experts_compute_what_their_values_do(checkpoints, prompt):
     assert float(jnp.median(jnp.abs(a - b).astype(jnp.float32))) == 0
 
 
-@pytest.mark.parametrize("path", ["scan", "pairs"])
+@pytest.mark.parametrize("path", ["scan", "grouped", "pairs"])
 def test_packed_experts_stay_packed(path):
     """One expert's values at a time: all that a forward pass needs beside the packed bytes is a tenth of a layer's values."""
     sizes = {"num_experts": 32, "intermediate_size": 512, "hidden_size": 512, "num_hidden_layers": 1, "layer_types": ()}
