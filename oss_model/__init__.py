@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from oss_model.generation import eos_tokens, generate
     from oss_model.layers import RMSNorm, RotaryEmbedding
     from oss_model.lora import add_lora, load_lora, merge_lora, save_lora
+    from oss_model.loss import cross_entropy
     from oss_model.modeling import AttentionBlock, MLPBlock, Transformer, TransformerBlock
     from oss_model.params import create_model_from_checkpoint
 
@@ -26,6 +27,7 @@ _HOME = {
     "RMSNorm": "layers",
     "RotaryEmbedding": "layers",
     "create_model_from_checkpoint": "params",
+    "cross_entropy": "loss",
     "add_lora": "lora",
     "load_lora": "lora",
     "merge_lora": "lora",
@@ -45,6 +47,7 @@ __all__ = [
     "TransformerBlock",
     "add_lora",
     "create_model_from_checkpoint",
+    "cross_entropy",
     "eos_tokens",
     "generate",
     "init_cache",

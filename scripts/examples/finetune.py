@@ -36,7 +36,16 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from converter import convert
-from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, merge_lora, save_lora
+from oss_model import (
+    InputError,
+    ModelConfig,
+    Transformer,
+    add_lora,
+    create_model_from_checkpoint,
+    cross_entropy,
+    merge_lora,
+    save_lora,
+)
 from oss_model.errors import place_faults, raise_all
 from oss_model.exits import run_click
 from oss_model.layouts import parameter_name
@@ -131,8 +140,8 @@ def batch_of(tokens: np.ndarray, step: int, batch: int, length: int) -> np.ndarr
 
 
 def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
-    logits = model(tokens[:, :-1]).astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    total, count = cross_entropy(model, tokens)
+    return total / count.astype(jnp.float32)
 
 
 def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:

@@ -1,0 +1,52 @@
+"""The loss of training: cross entropy of the next token, without all logits in memory at once."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from oss_model.modeling import Transformer
+
+CHUNK = 256  # places of each row whose logits are there at a time
+
+
+def cross_entropy(
+    model: Transformer,
+    tokens: Int[Array, "b l"],
+    mask: Bool[Array, "b l"] | None = None,
+    segment_ids: Int[Array, "b l"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """-log p of each token after those before it, summed, and how many were counted.
+
+    Divide one by the other for the mean; over several batches, their sums by one another, and not the mean of means. Logits are
+    computed and differentiated `chunk` places at a time, in float32 from what `Transformer` gives: [batch, length, vocab] is
+    never there.
+
+    Args:
+      tokens: int32 [batch, length].
+      mask: the tokens that count, such as those of answers; all if None. The first of a row never does.
+      segment_ids: of packed documents (`Transformer.__call__`): a token of another one than the token before it, or padding,
+        does not count.
+      chunk: places of each row.
+    """
+    labels, counted = tokens[:, 1:], jnp.ones_like(tokens[:, 1:], bool) if mask is None else mask[:, 1:]
+    if segment_ids is not None:
+        counted &= (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    x, _ = model.stream(tokens[:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1])
+    chunk = min(chunk, labels.shape[1])
+    room = -labels.shape[1] % chunk
+
+    def cut(a: Array) -> Array:
+        """[batch, length, ...] -> [chunks, batch, chunk, ...]"""
+        a = jnp.pad(a, ((0, 0), (0, room), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add(total, part):
+        x, labels, counted = part
+        logits = model.unembed(x).astype(jnp.float32)
+        right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return total + jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - right, 0).sum(), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (cut(x), cut(labels), cut(counted)))
+    return total, counted.sum(dtype=jnp.int32)
