@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from oss_model.cache import EMPTY, init_cache
+from oss_model.cache import EMPTY, Cache, grown, init_cache
 from oss_model.errors import InputError, raise_all
 from oss_model.modeling import Transformer
 from oss_model.sharding import replicated
@@ -44,21 +44,34 @@ def generate(
       top_p: sample from the likeliest tokens that have this probability together.
       key: a `jax.random.key`; needed where the temperature is not 0.
 
-    Compiled once for each number of prompts, longest length, rounded up to a multiple of 32, and `max_new_tokens`.
+    Compiled once for each number of prompts and way to sample, and then once for the longest prompt and once for all that is
+    to be there in the end, each rounded up to one of a few sizes (PROMPTS, SIZES).
 
     Raises:
       InputError: naming every argument that is out of range.
     """
     raise_all(_faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key))
-    length = -(-max(len(row) for row in prompts) // 32) * 32
+    longest = max(len(row) for row in prompts)
+    length = _up(longest, PROMPTS)
+    size = max(length, _up(longest + max_new_tokens, SIZES))
     tokens, positions = np.zeros((len(prompts), length), np.int32), np.full((len(prompts), length), EMPTY, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
         positions[row, length - len(prompt) :] = np.arange(len(prompt))
     sample = (float(temperature), top_k, None if top_p is None else float(top_p))
     key = jax.random.key(0) if key is None else key
-    made, counts = _generate(model, jnp.asarray(tokens), jnp.asarray(positions), key, max_new_tokens, tuple(eos), sample)
+    new, cache = _prefill(model, jnp.asarray(tokens), jnp.asarray(positions), key, sample)
+    cache, ends = grown(cache, model.cfg, size), jnp.asarray(eos, jnp.int32)
+    made, counts = _generate(model, new, cache, key, jnp.asarray(max_new_tokens, jnp.int32), ends, size, sample)
     return [row[:count].tolist() for row, count in zip(np.asarray(made), np.asarray(counts), strict=True)]
+
+
+PROMPTS, SIZES = (128, 512, 1536, 4096), (1024, 6144, 32768, 131072)
+
+
+def _up(count: int, sizes: Sequence[int]) -> int:
+    """The next of these sizes, or multiple of the last."""
+    return next((size for size in sizes if count <= size), -(-count // sizes[-1]) * sizes[-1])
 
 
 def eos_tokens(checkpoint_path: str | os.PathLike) -> tuple[int, ...]:
@@ -106,21 +119,28 @@ def _faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> l
     return faults
 
 
-@functools.partial(nnx.jit, static_argnums=(4, 5, 6))
+@functools.partial(nnx.jit, static_argnums=4)
+def _prefill(
+    model: Transformer, tokens: Int[Array, "b l"], positions: Int[Array, "b l"], key: PRNGKeyArray, sample: tuple
+) -> tuple[Int[Array, " b"], Cache]:
+    """The first new token of each row, and the cache of the prompts."""
+    x, cache = model.stream(tokens, positions, init_cache(model.cfg, *tokens.shape))
+    assert cache is not None
+    return _choose(model.unembed(x[:, -1:])[:, 0], jax.random.fold_in(key, 0), *sample), cache
+
+
+@functools.partial(nnx.jit, static_argnums=(6, 7))
 def _generate(
     model: Transformer,
-    tokens: Int[Array, "b l"],
-    positions: Int[Array, "b l"],
+    new: Int[Array, " b"],
+    cache: Cache,
     key: PRNGKeyArray,
-    count: int,
-    eos: tuple,
+    count: Int[Array, ""],
+    ends: Int[Array, " e"],
+    size: int,
     sample: tuple,
 ) -> tuple[Int[Array, "b n"], Int[Array, " b"]]:
-    """New tokens [batch, count], and how many of each row are its own."""
-    batch, length = tokens.shape
-    ends = jnp.asarray(eos, jnp.int32)
-    x, cache = model.stream(tokens, positions, init_cache(model.cfg, batch, length + count))
-    new = _choose(model.unembed(x[:, -1:])[:, 0], jax.random.fold_in(key, 0), *sample)
+    """New tokens [batch, size], and how many of each row are its own: at most `count`."""
 
     def step(carry):
         n, made, counts, done, new, cache = carry
@@ -133,8 +153,8 @@ def _generate(
         n, _, _, done, _, _ = carry
         return (n < count) & ~done.all()
 
-    made = jnp.zeros((batch, count), jnp.int32).at[:, 0].set(new)
-    start = (jnp.int32(1), made, jnp.ones(batch, jnp.int32), jnp.isin(new, ends), new, cache)
+    made = jnp.zeros((new.shape[0], size), jnp.int32).at[:, 0].set(new)
+    start = (jnp.int32(1), made, jnp.ones_like(new), jnp.isin(new, ends), new, cache)
     _, made, counts, *_ = jax.lax.while_loop(more, step, start)
     return replicated(made), replicated(counts)
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oss_model import InputError, create_model_from_checkpoint, eos_tokens, generate
-from oss_model.generation import _choose, _faults
+from oss_model import InputError, create_model_from_checkpoint, eos_tokens, generate, generation
+from oss_model.generation import _choose, _faults, _up
 
 PROMPTS = [[7, 301, 44, 9, 250, 13, 2, 91, 433, 120, 18, 77, 203, 64, 5], [400, 3], list(range(20, 60))]
 
@@ -116,3 +116,18 @@ def test_more_positions_than_the_model_was_made_for_are_refused(model):
         " shorten it, or ask for fewer"
     ]
     assert not _faults(model, [[1], [1] * 32762], 6, 0, None, None, None)
+
+
+def test_few_compilations_serve_prompts_of_any_length(model, monkeypatch):
+    """Of 1 to 4,096 tokens, with any number of new ones: what is compiled for is rounded up to these, 8 together."""
+    assert len({_up(length, generation.PROMPTS) for length in range(1, 4097)}) == 4
+    assert len({_up(size, generation.SIZES) for size in range(2, 131073)}) == 4
+    monkeypatch.setattr(generation, "PROMPTS", (4, 8, 16))
+    monkeypatch.setattr(generation, "SIZES", (16, 64))
+    seen, right = set(), generation._generate
+    monkeypatch.setattr(generation, "_generate", lambda *given: seen.add(given[6]) or right(*given))
+    for length, count in ((1, 1), (4, 9), (5, 11), (9, 30), (16, 2)):
+        made = generate(model, [list(range(length))], count)[0]
+        assert len(made) == count
+        assert made == generate(model, [list(range(length))], count + 3)[0][:count]
+    assert seen == {16, 64}
