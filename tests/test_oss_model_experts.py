@@ -66,7 +66,7 @@ def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
 
 @pytest.mark.parametrize(
     ("platform", "tokens", "path"),
-    [("cpu", FEW, "grouped"), ("cpu", MANY, "grouped"), ("gpu", FEW, "pairs"), ("gpu", MANY, "ragged")],
+    [("cpu", FEW, "grouped"), ("gpu", FEW, "pairs"), ("gpu", MANY, "grouped"), ("tpu", FEW, "pairs"), ("tpu", MANY, "ragged")],
 )
 def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tokens, path):
     """The same in eager code, under jit, and under grad with respect to a part of the parameters."""
