@@ -15,7 +15,7 @@ def cross_entropy(
     mask: Bool[Array, "b l"] | None = None,
     segment_ids: Int[Array, "b l"] | None = None,
     chunk: int = CHUNK,
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """-log p of each token after those before it, summed, and how many were counted.
 
     Divide one by the other for the mean; over several batches, their sums by one another, and not the mean of means. Logits are
@@ -49,4 +49,4 @@ def cross_entropy(
         return total + jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - right, 0).sum(), None
 
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (cut(x), cut(labels), cut(counted)))
-    return total, counted.sum(dtype=jnp.int32)
+    return total, counted.sum(dtype=jnp.float32)

@@ -174,15 +174,19 @@ class Transformer(nnx.Module):
         beyond = None if room is None else at.positions >= room
         if beyond is not None:
             at = at._replace(positions=jnp.where(beyond, EMPTY, at.positions))
-        rope, x = self.rope(at.positions), self.embed(tokens)
+        x, after = self.walk(self.embed(tokens), at, self.rope(at.positions), cache)
+        return x if beyond is None else jnp.where(beyond[..., None], jnp.nan, x), after
+
+    def walk(
+        self, x: Float[Array, "b l h"], at: Tokens, rope: Rope, cache: Cache | None
+    ) -> tuple[Float[Array, "b l h"], Cache | None]:
+        """Through the layers, one after the other."""
         after = []
         for n, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache[n]
             with in_layer(n), jax.named_scope("layer"):
                 x, layer_cache = rematerialized(block, self.cfg.remat == "block")(x, at, rope, layer_cache)
             after.append(layer_cache)
-        if beyond is not None:
-            x = jnp.where(beyond[..., None], jnp.nan, x)
         return x, None if cache is None else tuple(after)
 
     def place(

@@ -19,10 +19,11 @@ LAYER_TAPS = (
     "mlp_norm", "router_logits", "expert_choice", "expert_weights", "mlp_out", "layer_out",
 )  # fmt: skip
 
-Hook = Callable[[int | None, str, jax.Array], jax.Array]
+Layer = int | jax.Array | None  # an array, and traced, where layers are one loop
+Hook = Callable[[Any, str, jax.Array], jax.Array]  # of a `Layer`, a name, a value
 
 _hook: ContextVar[Hook | None] = ContextVar("oss_model_tap", default=None)
-_layer: ContextVar[int | None] = ContextVar("oss_model_layer", default=None)
+_layer: ContextVar[Layer] = ContextVar("oss_model_layer", default=None)
 
 
 def tap(name: str, compute: Callable[..., jax.Array], *inputs: Any) -> jax.Array:
@@ -34,7 +35,7 @@ def tap(name: str, compute: Callable[..., jax.Array], *inputs: Any) -> jax.Array
 
 
 @contextmanager
-def in_layer(n: int) -> Iterator[None]:
+def in_layer(n: Layer) -> Iterator[None]:
     """Taps inside are of layer n. The number is the caller's: it is no part of a block, so that equal layers are equal."""
     token = _layer.set(n)
     try:

@@ -30,8 +30,9 @@ from oss_model.cache import EMPTY
 from oss_model.layouts import parameter_name
 from oss_model.lora import select, shapes_of
 from oss_model.params import as_stored, is_orbax
+from oss_model.scanned import scanned
 from oss_model.shards import Checkpoint
-from oss_model.taps import tapping
+from oss_model.taps import Layer, tapping
 from parity.device import here
 from parity.protocols import Answers, Arrays, Taps, Updates
 
@@ -112,11 +113,13 @@ class Watch:
         self.hook.__exit__(*error)
         jax.clear_caches()
 
-    def see(self, layer: int | None, name: str, value: jax.Array) -> jax.Array:
-        jax.debug.callback(functools.partial(self.keep, layer, name), value)
+    def see(self, layer: Layer, name: str, value: jax.Array) -> jax.Array:
+        numbered = -1 if layer is None else layer  # of scanned layers it is traced
+        jax.debug.callback(functools.partial(self.keep, name), numbered, value)
         return value
 
-    def keep(self, layer: int | None, name: str, value: Any) -> None:
+    def keep(self, name: str, number: Any, value: Any) -> None:
+        layer = int(number) if number >= 0 else None
         kept, rows = self.found.setdefault((layer, name), {}), np.asarray(value)
         if rows.dtype != np.int32:
             rows = rows.astype(np.float32)
@@ -175,6 +178,11 @@ def jitted(subject: Subject, asked: Answers, left: bool = True, **changes: Any) 
 def devices() -> list[Any]:
     """Those of the kind that is computed on."""
     return jax.devices(here().platform)
+
+
+def in_one_loop(subject: Subject, asked: Answers) -> list[np.ndarray]:
+    tokens, positions = batch(asked.rows)
+    return unpadded(_call(_logits, scanned(load(subject)), tokens, positions, positions), positions)
 
 
 def on_mesh(subject: Subject, asked: Answers, *, axes: dict[str, int]) -> list[np.ndarray]:
@@ -322,6 +330,7 @@ def table(cfg: ModelConfig) -> dict[str, Form]:
         "path grouped": Form(LOGITS, functools.partial(jitted, expert_path="grouped")),
         "path pairs": Form(LOGITS, functools.partial(jitted, expert_path="pairs")),
         "path ragged": Form(LOGITS, functools.partial(jitted, expert_path="ragged")),
+        "scanned": Form(LOGITS, in_one_loop),
         "attention in blocks": Form(LOGITS, functools.partial(jitted, attention_block=BLOCK)),
         "cache, in blocks": Form(LOGITS, functools.partial(cached, pieces=in_pieces, attention_block=BLOCK)),
         "gradients in blocks": Form(GRADIENTS, functools.partial(gradients, attention_block=BLOCK)),

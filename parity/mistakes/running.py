@@ -25,6 +25,7 @@ from oss_model import (
     layers,
     modeling,
     params,
+    scanned,
     taps,
 )
 
@@ -255,6 +256,13 @@ RUNNING: dict[str, Mistake] = {
     "grouped-wrong": Mistake("path", "the path grouped is wrong", _path("grouped"), ("jit", "path grouped"), (0, "mlp_out")),
     "pairs-wrong": Mistake("path", "the path pairs is wrong", _path("pairs"), ("path pairs",), (0, "mlp_out")),
     "ragged-wrong": Mistake("path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out")),
+    "scanned-wrong": Mistake(
+        "model",
+        "wrong only where layers are one loop: the stream is twice what it should be",
+        ((scanned.ScannedTransformer, "walk", lambda right: lambda self, x, *rest: right(self, x * 2, *rest)),),
+        ("scanned",),
+        (0, "mlp_norm"),
+    ),
     "blocks-wrong": Mistake(
         "path",
         "attention is wrong where it is computed in blocks",

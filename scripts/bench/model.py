@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from oss_model import ModelConfig, Transformer, cross_entropy, init_cache
+from oss_model.scanned import ScannedTransformer, period
 
 
 def config(layers: int, dtype: str) -> ModelConfig:
@@ -138,15 +139,31 @@ def _layer_temporaries(cfg: ModelConfig, graphdef, state, length: int) -> int:
 
 
 def compiling() -> None:
-    print(
-        f"a training step's loss and gradients, 512 tokens of 20b widths, {cpu()}\n\n| layers | seconds to compile |\n|---|---|"
-    )
-    for layers in (2, 4, 8):
-        cfg = dataclasses.replace(config(layers, "bfloat16"), remat="block")
-        graphdef, state = nnx.split(nnx.eval_shape(lambda cfg=cfg: Transformer(cfg, rngs=nnx.Rngs(0))))
-        loss = lambda state, tokens, graphdef=graphdef: cross_entropy(nnx.merge(graphdef, state), tokens)[0]  # noqa: E731
-        lowered = jax.jit(jax.grad(loss)).lower(state, jax.ShapeDtypeStruct((1, 513), jnp.int32))
-        print(f"| {layers} | {seconds(lowered.compile):.1f} |", flush=True)
+    print(f"a training step's loss and gradients, 512 tokens of 20b widths, {cpu()}\n")
+    print("| layers | a layer each, s | scanned, s |\n|---|---|---|")
+    for layers in (2, 8, 24):
+        cfg, cells = dataclasses.replace(config(layers, "bfloat16"), remat="block"), []
+        for change in (lambda model: model, stacked):
+            graphdef, state = nnx.split(
+                nnx.eval_shape(lambda cfg=cfg, change=change: change(Transformer(cfg, rngs=nnx.Rngs(0))))
+            )
+            loss = lambda state, tokens, graphdef=graphdef: cross_entropy(nnx.merge(graphdef, state), tokens)[0]  # noqa: E731
+            lowered = jax.jit(jax.grad(loss)).lower(state, jax.ShapeDtypeStruct((1, 513), jnp.int32))
+            cells.append(seconds(lowered.compile))
+        print(f"| {layers} | {cells[0]:.1f} | {cells[1]:.1f} |", flush=True)
+
+
+def stacked(model: Transformer) -> Transformer:
+    """As `scanned` gives it, without values: one layer of each kind, whose parameters have an axis more."""
+    turn = period(model.cfg.layer_types)
+    turns = model.cfg.num_hidden_layers // turn
+    layers = list(model.layers[:turn])
+    for layer in layers:
+        state = nnx.state(layer)
+        for _, variable in nnx.to_flat_state(state):
+            variable.set_value(jnp.broadcast_to(variable.get_value()[None], (turns, *variable.get_value().shape)))
+        nnx.update(layer, state)
+    return ScannedTransformer(model, layers)
 
 
 def cpu() -> str:

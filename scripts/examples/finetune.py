@@ -29,7 +29,6 @@ from typing import Any
 
 import click
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -141,7 +140,7 @@ def batch_of(tokens: np.ndarray, step: int, batch: int, length: int) -> np.ndarr
 
 def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
     total, count = cross_entropy(model, tokens)
-    return total / count.astype(jnp.float32)
+    return total / count
 
 
 def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:

@@ -1,0 +1,112 @@
+"""The model with layers that are compiled once: a loop over equal ones, their parameters stacked.
+
+Compile time then does not grow with depth. For training: what is trained, and its gradients, are stacked from the start, since
+stacking inside the step would copy all of it. `unscanned` gives the model back whose state is the tree on disk.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from oss_model.cache import Cache
+from oss_model.errors import InputError
+from oss_model.modeling import Transformer, TransformerBlock, rematerialized
+from oss_model.params import abstract_model
+from oss_model.taps import in_layer
+
+
+class ScannedTransformer(Transformer):
+    """`Transformer` without a cache. `layers` are those of one turn, each parameter stacked over the turns: [turns, ...].
+
+    Names of parameters are of that turn: `layers.0.` the sliding layers of the published models, `layers.1.` the full ones.
+    Made by `scanned`.
+    """
+
+    def __init__(self, model: Transformer, layers: list[TransformerBlock]):
+        self.cfg, self.rope = model.cfg, model.rope
+        self.embedding, self.norm, self.lm_head = model.embedding, model.norm, model.lm_head
+        self.layers = nnx.List(layers)
+
+    def walk(self, x, at, rope, cache: Cache | None):
+        """
+        Raises:
+          InputError: with a cache.
+        """
+        if cache is not None:
+            raise InputError("cache: expected none for scanned layers, found one; oss_model.scanned.unscanned(model) takes one")
+        graphdef, state = nnx.split(self.layers)
+        count = len(self.layers)
+
+        def turn(x, given):
+            number, state = given
+            for n, block in enumerate(nnx.merge(graphdef, state)):
+                with in_layer(number * count + n), jax.named_scope("layer"):
+                    x, _ = rematerialized(block, self.cfg.remat == "block")(x, at, rope, None)
+            return x, None
+
+        turns = self.cfg.num_hidden_layers // count
+        return jax.lax.scan(turn, x, (jnp.arange(turns, dtype=jnp.int32), state))[0], None
+
+
+def period(kinds: Sequence[str]) -> int:
+    """Of how many layers a turn is: the fewest that repeat."""
+    sizes = (size for size in range(1, len(kinds) + 1) if len(kinds) % size == 0)
+    return next(size for size in sizes if tuple(kinds) == tuple(kinds[:size]) * (len(kinds) // size))
+
+
+def scanned(model: Transformer) -> ScannedTransformer:
+    """The same model, its layers stacked. They are moved: `model` has no values in them afterwards.
+
+    One parameter is in memory twice at a time. Adapted layers (`add_lora`) are stacked with their updates.
+    """
+    turn, layers = period(model.cfg.layer_types), []
+    for n in range(turn):
+        graphdef, first = nnx.split(model.layers[n])
+        states = [nnx.state(layer) for layer in model.layers[n::turn]]
+        stacked = {path: variable.copy() for path, variable in nnx.to_flat_state(first)}
+        for path, variable in stacked.items():
+            values = [dict(nnx.to_flat_state(state))[path].get_value() for state in states]
+            variable.set_value(_stack(values))
+            _annotate(variable, stacked=True)
+            for state in states:
+                held = dict(nnx.to_flat_state(state))[path]
+                held.set_value(jax.ShapeDtypeStruct(values[0].shape, values[0].dtype))
+            del values
+            for layer, state in zip(model.layers[n::turn], states, strict=True):
+                nnx.update(layer, state)
+        layers.append(nnx.merge(graphdef, nnx.from_flat_state(stacked)))
+    return ScannedTransformer(model, layers)
+
+
+def unscanned(model: ScannedTransformer) -> Transformer:
+    """The model with a layer each, whose `nnx.state` is what is saved."""
+    single, turn = nnx.merge(*abstract_model(model.cfg)), len(model.layers)
+    single.embedding, single.norm, single.lm_head = model.embedding, model.norm, model.lm_head
+    layers = []
+    for n in range(model.cfg.num_hidden_layers):
+        graphdef, state = nnx.split(model.layers[n % turn])
+        flat = {path: variable.copy() for path, variable in nnx.to_flat_state(state)}
+        for variable in flat.values():
+            variable.set_value(variable.get_value()[n // turn])
+            _annotate(variable, stacked=False)
+        layers.append(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+    single.layers = nnx.List(layers)
+    return single
+
+
+def _stack(values: list[jax.Array]) -> jax.Array:
+    """Cut as each of them is."""
+    placed = values[0].sharding
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+    return jax.jit(lambda *values: jnp.stack(values), out_shardings=placed)(*values)
+
+
+def _annotate(variable: nnx.Variable, *, stacked: bool) -> None:
+    """The spec that `use_sharding` noted, of the array as it is now."""
+    spec = variable.get_metadata().get("out_sharding")
+    if spec is not None:
+        variable.set_metadata(out_sharding=PartitionSpec(None, *spec) if stacked else PartitionSpec(*spec[1:]))
