@@ -31,6 +31,7 @@ from oss_model import (
 )
 from oss_model.attention import Tokens
 from oss_model.params import Loader, abstract_model, as_stored, is_orbax, parts, restore_arrays, stored_parameters
+from oss_model.restoring import not_a_checkpoint
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
 from parity import configs, device, forms, gradients, walk
@@ -74,13 +75,15 @@ class Candidate:
     ):
         self.path = Path(checkpoint).absolute()
         self.safetensors: Loader | None = None
-        if not is_orbax(self.path) and any(self.path.glob("*.safetensors")):
+        if is_orbax(self.path):
+            self.stored = stored_parameters(self.path)
+            cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+        elif any(self.path.glob("*.safetensors")):
             self.safetensors = Loader(self.path, ModelConfig.from_json(self.path / "config.json"))
             cfg = self.safetensors.cfg
             self.stored = layouts.parameters(cfg)
         else:
-            self.stored = stored_parameters(self.path)
-            cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
+            raise not_a_checkpoint(self.path, safetensors=True)
         self.compiled = compiled
         self.source = source
         self.fits = memory_of.fits(self, memory)

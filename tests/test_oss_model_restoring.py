@@ -152,13 +152,14 @@ def test_what_is_no_orbax_checkpoint_is_one_line_that_says_what_is_there(checkpo
     }
     for name, path in places.items():
         with pytest.raises(InputError) as caught:
-            Candidate(path)
+            stored_parameters(path)
         assert caught.value.faults == [f"{path}: expected an Orbax checkpoint (_METADATA), found {said[name]}"]
-        if name != "safetensors":
-            with pytest.raises(InputError) as caught:
-                create_model_from_checkpoint(path, ModelConfig.tiny())
-            line = f"{path}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found {said[name]}"
-            assert caught.value.faults == [line]
+        line = f"{path}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found {said[name]}"
+        for read in (Candidate, lambda path: create_model_from_checkpoint(path, ModelConfig.tiny())):
+            if name != "safetensors":
+                with pytest.raises(InputError) as caught:
+                    read(path)
+                assert caught.value.faults == [line]
     assert caplog.records == []
 
 

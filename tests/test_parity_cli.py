@@ -112,4 +112,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line(pair, tmp_path, name):
     found = {"nothing": "nothing; ", "empty": "an empty directory; "}[name]
     code, (line,) = run(pair[0], tmp_path / name)
     assert code == 2
-    assert line.startswith(f"error: {tmp_path / name}: expected an Orbax checkpoint (_METADATA), found {found}")
+    wanted = "an Orbax checkpoint or safetensors (_METADATA, *.safetensors)"
+    assert line.startswith(f"error: {tmp_path / name}: expected {wanted}, found {found}")
+        f"error: {tmp_path / name}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found {found}"
+    )

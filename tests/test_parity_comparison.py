@@ -238,8 +238,10 @@ def test_precision_in_bfloat16_is_the_references_own(sources, checkpoints):
 def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpoints):
     """Softmax weights cut to five bits: right in float32, and far noisier than the reference in bfloat16."""
 
-    def careless(q, k, v, sinks, visible):
-        out = attention.sink_attention(q, k, v, sinks, visible)
+    right = attention.sink_attention
+
+    def careless(*given):
+        out = right(*given)
         return out if out.dtype == jnp.float32 else jnp.round(out * 8) / 8
 
     monkeypatch.setattr(attention, "sink_attention", careless)
@@ -571,7 +573,7 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
     ("arguments", "message"),
     [
         (["{tmp}/none", "{dst}"], "error: {tmp}/none: expected a directory of safetensors files, found nothing"),
-        (["{src}", "{tmp}"], "error: {tmp}: expected an Orbax checkpoint (_METADATA), found"),
+        (["{src}", "{tmp}"], "error: {tmp}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found"),
         (["{src}"], "error: {src}/conversion.json: expected a manifest of convert-oss, found none"),
         (["{src}", "{dst}", "--json", "{tmp}/no/f.json"], "error: {tmp}/no/f.json: expected a file in an existing directory"),
     ],
