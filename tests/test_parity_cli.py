@@ -114,5 +114,3 @@ def test_a_checkpoint_that_is_not_there_is_one_line(pair, tmp_path, name):
     assert code == 2
     wanted = "an Orbax checkpoint or safetensors (_METADATA, *.safetensors)"
     assert line.startswith(f"error: {tmp_path / name}: expected {wanted}, found {found}")
-        f"error: {tmp_path / name}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found {found}"
-    )
