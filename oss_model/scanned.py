@@ -65,17 +65,15 @@ def scanned(model: Transformer) -> ScannedTransformer:
     turn, layers = period(model.cfg.layer_types), []
     for n in range(turn):
         graphdef, first = nnx.split(model.layers[n])
-        states = [nnx.state(layer) for layer in model.layers[n::turn]]
         stacked = {path: variable.copy() for path, variable in nnx.to_flat_state(first)}
+        states = [(layer, nnx.state(layer)) for layer in model.layers[n::turn]]
+        held = [(layer, state, dict(nnx.to_flat_state(state))) for layer, state in states]
         for path, variable in stacked.items():
-            values = [dict(nnx.to_flat_state(state))[path].get_value() for state in states]
-            variable.set_value(_stack(values))
+            variable.set_value(_stack([flat[path].get_value() for _, _, flat in held]))
             _annotate(variable, stacked=True)
-            for state in states:
-                held = dict(nnx.to_flat_state(state))[path]
-                held.set_value(jax.ShapeDtypeStruct(values[0].shape, values[0].dtype))
-            del values
-            for layer, state in zip(model.layers[n::turn], states, strict=True):
+            for layer, state, flat in held:
+                value = flat[path].get_value()
+                flat[path].set_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
                 nnx.update(layer, state)
         layers.append(nnx.merge(graphdef, nnx.from_flat_state(stacked)))
     return ScannedTransformer(model, layers)

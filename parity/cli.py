@@ -120,8 +120,9 @@ def main(
             return _self_test(Path(scratch), files)
         try:
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
-            if isinstance(pair[0], Path) and not is_orbax(arranged(pair[0], pair[1])[0]):
-                Checkpoint(arranged(pair[0], pair[1])[0]).shards.close()  # only to name what is wrong with it
+            reference = arranged(pair[0], pair[1])[0] if isinstance(pair[0], Path) else None
+            if reference is not None and not is_orbax(reference):  # only to name what is wrong with it
+                Checkpoint(reference).shards.close()
         except InputError as e:
             raise InputError(*faults, *e.faults) from None
         raise_all(faults)

@@ -5,6 +5,7 @@ of the equations' own text (`parity.equations`), computed there by JAX with prod
 """
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -59,6 +60,7 @@ def noise(name: str, t: Arrays, p: Any, s: Settings) -> np.ndarray:
         return np.asarray(_equations().noise(name, given, p, s))
 
 
+@functools.cache
 def _equations() -> ModuleType:
     """parity.equations once more, where NumPy is JAX's."""
     spec = importlib.util.find_spec("parity.equations")
