@@ -9,8 +9,7 @@ from oss_model import layouts
 from oss_model.errors import raise_all
 from oss_model.layouts import Entry
 from oss_model.shards import Checkpoint
-
-CHECKSUM_BYTES = 4  # crc32c, at the end of each chunk
+from oss_model.zarr import CHECKSUM_BYTES
 
 
 @dataclasses.dataclass(frozen=True)

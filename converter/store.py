@@ -17,9 +17,10 @@ import numpy as np
 import xxhash
 
 from converter.chunks import Pieces
-from converter.plan import CHECKSUM_BYTES, Chunk, Plan, Target
+from converter.plan import Chunk, Plan, Target
 from converter.verify import check_chunk, from_disk
 from oss_model.files import advise, crc32c, file_size, sync, write_all, write_file
+from oss_model.zarr import CHECKSUM_BYTES, describe
 
 MANIFEST = "conversion.json"
 METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -35,20 +36,7 @@ class Store:
         """Describe an array: its directory and zarr.json."""
         directory = self.directory / target.directory
         directory.mkdir(parents=True, exist_ok=True)
-        floating = target.dtype != np.uint8
-        description = {
-            "chunk_grid": {"configuration": {"chunk_shape": list(target.chunk_shape)}, "name": "regular"},
-            "chunk_key_encoding": {"name": "default"},
-            "codecs": [
-                {"name": "bytes"} | ({"configuration": {"endian": "little"}} if floating else {}),
-                {"name": "crc32c"},
-            ],
-            "data_type": target.dtype.name,
-            "fill_value": 0.0 if floating else 0,
-            "node_type": "array",
-            "shape": list(target.shape),
-            "zarr_format": 3,
-        }
+        description = describe(target.shape, target.dtype, target.rows)
         write_file(directory / "zarr.json", json.dumps(description, separators=(",", ":")).encode())
 
     def write_chunk(self, chunk: Chunk, pieces: Iterable[np.ndarray]) -> bytes:

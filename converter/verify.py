@@ -9,9 +9,10 @@ import numpy as np
 import xxhash
 
 from converter.chunks import PIECE_BYTES, Pieces
-from converter.plan import CHECKSUM_BYTES, Chunk
+from converter.plan import Chunk
 from converter.threads import still_wanted
-from oss_model.files import advise, crc32c, read_all
+from oss_model.files import advise
+from oss_model.zarr import ChunkFile, DamagedChunk
 
 AGAIN = "convert again"
 
@@ -26,32 +27,23 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
     Returns:
       The xxh3_128 of the values on disk, and a line if something is wrong.
     """
-    path, where = directory / chunk.path, f"{directory}: {chunk.target.name}: {chunk.path}"
+    where = f"{directory}: {chunk.target.name}: {chunk.path}"
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return b"", f"{where}: missing; {AGAIN}"
-    try:
-        size = os.fstat(fd).st_size
-        if size != chunk.nbytes:
-            return b"", f"{where}: expected {chunk.nbytes} bytes, found {size}; {AGAIN}"
-        crc, digest, offset = 0, xxhash.xxh3_128(), 0
-        for piece, nbytes in _expected(chunk, pieces):
-            stored = buffer[:nbytes]
-            read(fd, stored, offset)
-            if piece is not None and not np.array_equal(_words(stored), _words(piece)):
-                byte = offset + int(np.argmax(stored != piece))
-                return b"", f"{where}: differs from the source, first in byte {byte}; {AGAIN}"
-            crc = crc32c(crc, stored)
-            digest.update(stored.data)
-            offset += nbytes
-        checksum = buffer[:CHECKSUM_BYTES]
-        read(fd, checksum, offset)
-        if checksum.tobytes() != crc.to_bytes(CHECKSUM_BYTES, "little"):
-            return b"", f"{where}: its bytes and its checksum disagree; {AGAIN}"
-        return digest.digest(), None
-    finally:
-        os.close(fd)
+        with ChunkFile(directory / chunk.path, chunk.target.chunk_nbytes) as file:
+            digest, offset = xxhash.xxh3_128(), 0
+            for piece, nbytes in _expected(chunk, pieces):
+                still_wanted()
+                stored = buffer[:nbytes]
+                file.read(stored)
+                if piece is not None and not np.array_equal(_words(stored), _words(piece)):
+                    byte = offset + int(np.argmax(stored != piece))
+                    return b"", f"{where}: differs from the source, first in byte {byte}; {AGAIN}"
+                digest.update(stored.data)
+                offset += nbytes
+            file.check()
+            return digest.digest(), None
+    except DamagedChunk as e:
+        return b"", f"{where}: {e}; {AGAIN}"
 
 
 def a_line_a_tensor(directory: Path, wrong: list[tuple[Chunk, str]]) -> list[str]:
@@ -103,12 +95,3 @@ def _expected(chunk: Chunk, pieces: Pieces | None) -> Iterator[tuple[np.ndarray 
 def _words(data: np.ndarray) -> np.ndarray:
     """The same bytes, eight at a time where their number allows: they compare faster."""
     return data.view(np.uint64) if len(data) % 8 == 0 else data
-
-
-def read(fd: int, out: np.ndarray, offset: int) -> None:
-    """Fill `out` (uint8, flat) from `offset` on."""
-    still_wanted()
-    try:
-        read_all(fd, out, offset)
-    except EOFError as e:
-        raise OSError(f"file {e} while it was read") from None

@@ -88,9 +88,25 @@ def decode(
     return values if np.dtype(dtype) == ml_dtypes.bfloat16 else widen(values)
 
 
+def decode_into(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+    """`decode` into `out`, contiguous bfloat16 or float32, an expert at a time."""
+    for n in range(len(out)):
+        if out.dtype == ml_dtypes.bfloat16:
+            decode(blocks[n], scales[n], out=out[n])
+        else:
+            widen_into(decode(blocks[n], scales[n]), out[n])
+
+
 def widen(values: np.ndarray) -> np.ndarray:
     """bfloat16 -> float32 of the same shape, bit for bit: a float32 whose low half is zero. NaNs keep their payload."""
-    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    out = np.empty(values.shape, np.float32)
+    widen_into(values, out)
+    return out
+
+
+def widen_into(values: np.ndarray, out: np.ndarray) -> None:
+    """`widen` into `out`, float32 of the same shape."""
+    np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
 
 
 def dequantize(

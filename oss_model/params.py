@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from oss_model.errors import InputError, raise_all
 from oss_model.layouts import parameter_name
 from oss_model.memory import release
 from oss_model.modeling import Transformer
-from oss_model.restoring import METADATA, not_a_checkpoint, restoring
+from oss_model.placing import Rows, placed
+from oss_model.restoring import not_a_checkpoint, restoring
 from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
+from oss_model.zarr import METADATA, DamagedChunk, StoredArray, open_arrays
 
 GROUP_BYTES = 4 << 30  # of parameters that are read at a time: less is slower, more takes more memory meanwhile
 
@@ -48,8 +50,9 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
     with Loader(checkpoint_path, cfg, mesh) as loader:
         model = loader.model()
         for group in loader.groups(parts(model)):
-            loader.load(group)
-    release()
+            loader.load(group, loader.source.nbytes)
+    if loader.by_orbax:
+        release()
     return model
 
 
@@ -62,22 +65,36 @@ def parts(model: Transformer) -> dict[str, nnx.Module]:
 class Loader:
     """A checkpoint, to load a model from or a part of one. Arguments and errors: `create_model_from_checkpoint`.
 
+    Args:
+      cfg: that of its own config.json if None.
+
     Attributes:
       cfg: as given, `param_dtype` said.
+      stored: name -> (shape, dtype) of every parameter as it is in the checkpoint.
     """
 
-    def __init__(self, checkpoint_path: str | os.PathLike, cfg: ModelConfig, mesh: Mesh | None = None):
+    def __init__(self, checkpoint_path: str | os.PathLike, cfg: ModelConfig | None = None, mesh: Mesh | None = None):
         path = Path(checkpoint_path).absolute()
         if not is_orbax(path) and not any(path.glob("*.safetensors")):
             raise not_a_checkpoint(path, safetensors=True)
+        cfg = cfg or ModelConfig.from_json(path / "config.json")
         self.source: _Orbax | _Safetensors = _Orbax(path, cfg, mesh) if is_orbax(path) else _Safetensors(path, cfg, mesh)
-        self.cfg, self.mesh = self.source.cfg, mesh
+        self.cfg, self.stored, self.mesh = self.source.cfg, self.source.stored, mesh
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.source.close()
+
+    @property
+    def arrays(self) -> dict[str, StoredArray] | None:
+        """Those of a checkpoint that convert-oss wrote."""
+        return self.source.arrays if isinstance(self.source, _Orbax) else None
+
+    @property
+    def by_orbax(self) -> bool:
+        return isinstance(self.source, _Orbax) and self.arrays is None
 
     def model(self) -> Transformer:
         """Without values: each parameter is a `jax.ShapeDtypeStruct`, placed."""
@@ -96,11 +113,12 @@ class Loader:
         if group:
             yield group
 
-    def load(self, parts: Mapping[str, nnx.Module]) -> None:
+    def load(self, parts: Mapping[str, nnx.Module], nbytes: int | None = None) -> None:
         """Give parameters their values.
 
         Args:
           parts: some of a model's (`parts`), by name; their parameters say shape, dtype and place.
+          nbytes: of all that this is a part of, to be said where memory runs out.
         """
         states = {name: nnx.state(module) for name, module in parts.items()}
         variables = {
@@ -109,7 +127,7 @@ class Loader:
             for path, variable in nnx.to_flat_state(state)
         }
         wanted = {name: variable.get_value() for name, variable in variables.items()}
-        for name, value in self.source.read(wanted):
+        for name, value in self.source.read(wanted, nbytes):
             variables[name].set_value(value)
         for name, module in parts.items():
             nnx.update(module, states[name])
@@ -121,13 +139,20 @@ def is_orbax(path: str | os.PathLike) -> bool:
 
 def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure, and its state with a `jax.ShapeDtypeStruct` (sharded on `mesh`) a parameter."""
+    graphdef, variables = _structure(cfg, mesh)
+    return graphdef, nnx.from_flat_state([(path, variable.copy()) for path, variable in variables])
+
+
+@functools.lru_cache(maxsize=8)
+def _structure(cfg: ModelConfig, mesh: Mesh | None) -> tuple[nnx.GraphDef, list[tuple[tuple, nnx.Variable]]]:
     placed = {} if mesh is None else shardings(cfg, mesh)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
-    for path, variable in nnx.to_flat_state(state):
+    variables = list(nnx.to_flat_state(state))
+    for path, variable in variables:
         value = variable.get_value()
         variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed.get(parameter_name(path))))
-    return graphdef, state
+    return graphdef, variables
 
 
 def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -140,17 +165,23 @@ def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...
     path = Path(path).absolute()
     if not is_orbax(path):
         raise not_a_checkpoint(path)
+    if (arrays := open_arrays(path)) is not None:
+        return _without_leaf(path, {name: (array.shape, array.dtype) for name, array in arrays.items()})
     with restoring(path):
         # Not a Checkpointer, which logs what is wrong and goes on without metadata.
         tree: Any = ocp.PyTreeCheckpointHandler().metadata(path).tree  # type: ignore[arg-type]
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    found = {}
-    for keys, leaf in leaves:
-        *name, last = (str(getattr(key, "key", key)) for key in keys)
-        if last != "value":
-            raise InputError(f"{path}: expected the tree of nnx.state(Transformer), found a leaf {'.'.join([*name, last])}")
-        found[".".join(name)] = (tuple(leaf.shape), np.dtype(leaf.dtype))
-    return found
+    named = {".".join(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in leaves}
+    raise_all([f"{path}: {name}: expected an array, found none" for name, leaf in named.items() if not hasattr(leaf, "shape")])
+    return _without_leaf(path, {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in named.items()})
+
+
+def _without_leaf(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Names as the model has them: without the last key of `nnx.state`."""
+    for name in found:
+        if not name.endswith(".value"):
+            raise InputError(f"{path}: expected the tree of nnx.state(Transformer), found a leaf {name}")
+    return {name.removesuffix(".value"): of for name, of in found.items()}
 
 
 def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, np.dtype]]:
@@ -205,19 +236,45 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
 
 class _Orbax:
     def __init__(self, path: Path, cfg: ModelConfig, mesh: Mesh | None):
-        self.path = path
-        self.stored, self.dtypes = as_stored(path, cfg)
+        self.path, self.arrays = path, open_arrays(path)
+        stored, self.dtypes = as_stored(path, cfg)
+        self.stored = {name: (shape, self.dtypes[name]) for name, (shape, _) in layouts.parameters(stored).items()}
         self.cfg = dataclasses.replace(cfg, param_dtype=_held(path, cfg.param_dtype, self.dtypes))
-        self.packed = shardings(self.stored, mesh) if mesh is not None else {}
-        wide = {name: layouts.FLOAT32 for name, dtype in self.dtypes.items() if dtype != layouts.UINT8}
-        read = self.dtypes | (wide if self.cfg.param_dtype == "float32" else {})
-        shapes = layouts.parameters(self.stored)
-        self.nbytes = sum(math.prod(shapes[name][0]) * dtype.itemsize for name, dtype in read.items())
+        self.packed = shardings(stored, mesh) if mesh is not None else {}
+        self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layouts.parameters(self.cfg).values())
 
     def close(self) -> None: ...
 
-    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-        """By plain Orbax. Packed experts become values where these are wanted, a map at a time."""
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct], nbytes: int | None = None) -> Iterator[tuple[str, jax.Array]]:
+        if self.arrays is None:
+            yield from self._read_with_orbax(wanted, nbytes)
+        else:
+            with restoring(self.path, nbytes or _nbytes(wanted)):
+                yield from placed(wanted, {name: self._rows(name, self.arrays) for name in wanted})
+
+    def _rows(self, name: str, arrays: Mapping[str, StoredArray]) -> Rows:
+        stem = name.removesuffix("weight")
+        parts = [name] if name in self.dtypes else [f"{stem}blocks", f"{stem}scales"]
+        stored = [arrays[f"{part}.value"] for part in parts]
+        return Rows(math.lcm(*(array.rows for array in stored)), functools.partial(self._fill, stored))
+
+    def _fill(self, stored: list[StoredArray], rows: slice, out: np.ndarray) -> None:
+        """`Rows.read`: of a parameter as it is stored, or of values from blocks and scales."""
+        try:
+            if len(stored) == 1:
+                stored[0].read(rows, out)
+            else:
+                packed = [np.empty((rows.stop - rows.start, *array.shape[1:]), array.dtype) for array in stored]
+                for array, into in zip(stored, packed, strict=True):
+                    array.read(rows, into)
+                mxfp4.decode_into(packed[0], packed[1], out)
+        except DamagedChunk as e:
+            raise InputError(f"{self.path}: {e}; copy it again, or convert again (verify-oss checks all)") from None
+
+    def _read_with_orbax(
+        self, wanted: Mapping[str, jax.ShapeDtypeStruct], nbytes: int | None
+    ) -> Iterator[tuple[str, jax.Array]]:
+        """What plain Orbax wrote. Packed experts become values where these are wanted, a map at a time."""
         reading = {}
         for name, like in wanted.items():
             if name in self.dtypes:
@@ -231,9 +288,9 @@ class _Orbax:
             else:
                 for kind in ("blocks", "scales"):
                     packed = name.removesuffix("weight") + kind
-                    shape, dtype = layouts.parameters(self.stored)[packed]
+                    shape, dtype = self.stored[packed]
                     reading[packed] = (shape, dtype, self.packed.get(packed))
-        arrays = restore_arrays(self.path, reading, self.nbytes)
+        arrays = restore_arrays(self.path, reading, nbytes)
         for name, like in wanted.items():
             if name in arrays:
                 value = arrays.pop(name)
@@ -242,6 +299,10 @@ class _Orbax:
                 pair = [arrays.pop(name.removesuffix("weight") + kind) for kind in ("blocks", "scales")]
                 dequantize = jax.jit(mxfp4.dequantize, static_argnums=2, out_shardings=like.sharding)
                 yield name, jax.block_until_ready(dequantize(*pair, like.dtype))
+
+
+def _nbytes(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    return sum(math.prod(like.shape) * like.dtype.itemsize for like in wanted.values())
 
 
 def restore_arrays(
@@ -281,36 +342,36 @@ class _Safetensors:
         dtypes = {entry.model: source.dtype(entry) for entry in source.entries()}
         self.cfg = dataclasses.replace(cfg, param_dtype=_held(source.directory, cfg.param_dtype, dtypes))
         held = dataclasses.replace(source.cfg, param_dtype=self.cfg.param_dtype)
+        self.stored, self.nbytes = layouts.parameters(held), 0
         raise_all(_mismatches(source.directory, layouts.parameters(self.cfg), layouts.parameters(held)))
 
     def close(self) -> None:
         self.source.shards.close()
 
-    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-        for name, value in _values(self.source, self.cfg.param_dtype, wanted):
-            where = wanted[name].sharding
-            yield (
-                name,
-                jnp.asarray(value) if where is None else jax.make_array_from_callback(value.shape, where, value.__getitem__),
-            )
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct], nbytes: int | None = None) -> Iterator[tuple[str, jax.Array]]:
+        axes, entries = layouts.parameter_axes(self.cfg), {entry.model: entry for entry in self.source.entries()}
+        yield from placed(wanted, {name: self._rows(name, like, axes[name], entries) for name, like in wanted.items()})
 
+    def _rows(self, name: str, like: jax.ShapeDtypeStruct, axes: Sequence[str], entries: Mapping[str, layouts.Entry]) -> Rows:
+        """A part of the parameter, as large as the checkpoint's chunks would be."""
+        stem = name.removesuffix("weight")
+        parts = [name] if name in entries else [f"{stem}blocks", f"{stem}scales"]
+        read = functools.partial(self._fill, [entries[part] for part in parts])
+        return Rows(layouts.chunk_rows(name, axes, like.shape, like.dtype), read)
 
-def _values(source: Checkpoint, param_dtype: str | None, wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every parameter that is wanted, one at a time."""
-    floating = layouts.FLOAT32 if param_dtype == "float32" else layouts.BFLOAT16
-    blocks: dict[str, np.ndarray] = {}
-    for entry in source.entries():
-        stem, _, kind = entry.model.rpartition(".")
-        if entry.model not in wanted and f"{stem}.weight" not in wanted:
-            continue
-        value = entry.to_model(source.read(entry))
-        if kind == "scales":
-            raise_all(mxfp4.scale_faults(value, f"{source.directory}: {entry.checkpoint}"))
-        if not entry.packed:
-            yield entry.model, mxfp4.widen(value) if value.dtype != floating == layouts.FLOAT32 else value
-        elif param_dtype == "mxfp4":
-            yield entry.model, value
-        elif kind == "blocks":
-            blocks[stem] = value
+    def _fill(self, entries: list[layouts.Entry], rows: slice, out: np.ndarray) -> None:
+        """`Rows.read`: of a parameter as it is stored, widened, or of values from blocks and scales."""
+        values = [self._read(entry, rows) for entry in entries]
+        if len(values) == 2:
+            mxfp4.decode_into(values[0], values[1], out)
+        elif values[0].dtype == out.dtype:
+            out[...] = values[0]
         else:
-            yield f"{stem}.weight", mxfp4.decode(blocks.pop(stem), value, floating)
+            mxfp4.widen_into(values[0], out)
+
+    def _read(self, entry: layouts.Entry, rows: slice) -> np.ndarray:
+        each = entry.checkpoint_shape[0] // entry.model_shape[0]  # the first axis may be split: (heads dim)
+        values = entry.to_model(self.source.read(entry, slice(rows.start * each, rows.stop * each)))
+        if entry.packed and entry.model.endswith("scales"):
+            raise_all(mxfp4.scale_faults(values, f"{self.source.directory}: {entry.checkpoint}"))
+        return values

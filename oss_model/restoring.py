@@ -9,8 +9,8 @@ import jax
 
 from oss_model.errors import CommandError, InputError, OutOfMemory, system_errno, system_error
 from oss_model.memory import free_memory, out_of_memory, size
+from oss_model.zarr import METADATA
 
-METADATA = "_METADATA"  # the file that every checkpoint saved by Orbax has
 LISTED = 3  # of the names found in its place
 
 

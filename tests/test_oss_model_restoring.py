@@ -14,10 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from oss_model import InputError, ModelConfig, create_model_from_checkpoint, memory
+from oss_model import InputError, ModelConfig, create_model_from_checkpoint, memory, params
 from oss_model.errors import OutOfMemory
 from oss_model.params import stored_parameters
 from oss_model.restoring import restoring
+from oss_model.zarr import StoredArray
 from parity.candidate import Candidate
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."
@@ -43,16 +44,20 @@ def restore(request):
     return load
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped by Orbax"])
+@pytest.mark.parametrize(("reader", "wrapped"), [("Orbax", False), ("Orbax", True), ("ours", False)])
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_out_of_memory_is_not_damage(checkpoints, monkeypatch, restore, kind, wrapped):
+def test_out_of_memory_is_not_damage(checkpoints, monkeypatch, restore, kind, reader, wrapped):
     def fails(self, *arguments, **options):
         if not wrapped:
             raise OUT_OF_MEMORY[kind]
         raise Exception("Encountered error while reading array index: (slice(0, 9, 1)). See full") from OUT_OF_MEMORY[kind]
 
     path = checkpoints["bfloat16"]
-    monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
+    if reader == "Orbax":
+        monkeypatch.setattr(params, "open_arrays", lambda path: None)
+        monkeypatch.setattr(ocp.Checkpointer, "restore", fails)
+    else:
+        monkeypatch.setattr(StoredArray, "read", fails)
     with pytest.raises(OutOfMemory) as caught:
         restore(path)
     (line,) = caught.value.faults
