@@ -20,21 +20,18 @@ from flax import nnx
 
 from oss_model import (
     InputError,
-    ModelConfig,
     Transformer,
     TransformerBlock,
     create_model_from_checkpoint,
     eos_tokens,
     experts,
     init_cache,
-    layouts,
 )
 from oss_model.attention import Tokens
-from oss_model.params import Loader, abstract_model, as_stored, is_orbax, parts, restore_arrays, stored_parameters
-from oss_model.restoring import not_a_checkpoint
+from oss_model.params import Loader, abstract_model, parts
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import configs, device, forms, gradients, walk
+from parity import configs, device, forms, gradients, others, walk
 from parity import memory as memory_of
 from parity.protocols import Arrays, LayerCan, PortCan, Settings, Sizes
 
@@ -55,6 +52,7 @@ class Candidate:
       compiled: whether a layer goes through jit, as in training: float32 sums come in another order.
       source: the safetensors that it was made from, where packed experts are run from if it holds values.
       memory: bytes to be had, in which a model that takes less is held whole; half of what is free if None.
+      read_with_orbax: whether all that is compared is read by plain Orbax, and not a chunk of each parameter only.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
@@ -72,22 +70,18 @@ class Candidate:
         compiled: bool = False,
         source: Path | None = None,
         memory: int | None = None,
+        read_with_orbax: bool = False,
     ):
         self.path = Path(checkpoint).absolute()
-        self.safetensors: Loader | None = None
-        if is_orbax(self.path):
-            self.stored = stored_parameters(self.path)
-            cfg, _ = as_stored(self.path, ModelConfig.from_json(self.path / "config.json"))
-        elif any(self.path.glob("*.safetensors")):
-            self.safetensors = Loader(self.path, ModelConfig.from_json(self.path / "config.json"))
-            cfg = self.safetensors.cfg
-            self.stored = layouts.parameters(cfg)
-        else:
-            raise not_a_checkpoint(self.path, safetensors=True)
+        self.loader = Loader(self.path)
+        self.stored = self.loader.stored
+        self.read_with_orbax = read_with_orbax
         self.compiled = compiled
         self.source = source
         self.fits = memory_of.fits(self, memory)
-        self.cfg = dataclasses.replace(cfg, expert_path=expert_path or ("auto" if compiled or self.fits else "loop"))
+        self.cfg = dataclasses.replace(
+            self.loader.cfg, expert_path=expert_path or ("auto" if compiled or self.fits else "loop")
+        )
         self.models: dict[np.dtype, Transformer] = {}
         self.parts: walk.Parts | None = None
         self.large: bool = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.stored.values()) > LARGE
@@ -103,6 +97,10 @@ class Candidate:
     @property
     def settings(self) -> Settings:
         """What the checkpoint's own files say: see `parity.configs`."""
+        return self._settings
+
+    @functools.cached_property
+    def _settings(self) -> Settings:
         found = {name: getattr(self.cfg, name) for name in (*configs.LOGITS, *configs.OTHERS) if hasattr(self.cfg, name)}
         with contextlib.suppress(InputError):  # nothing says where a text ends
             found["eos_token_id"] = list(eos_tokens(self.path))
@@ -129,8 +127,15 @@ class Candidate:
         return forms.Forms(self.path, self.cfg, self.source if packed else None)
 
     def restore(self, names: Iterable[str]) -> Arrays:
-        """These parameters as stored, read by plain Orbax; of safetensors, as our model reads them."""
-        return {name: np.asarray(value) for name, value in self._restore(names).items()}
+        """These parameters as stored. Of each a chunk is what others read, or all of it (`parity.others`).
+
+        What our model loads, `loaded`, is by our own reader, and is compared with this.
+        """
+        arrays, names = self.loader.arrays, list(names)
+        if arrays is not None and self.read_with_orbax:
+            return others.whole(self.path, {name: self.stored[name] for name in names})
+        found = {name: np.asarray(value) for name, value in self._restore(names).items()}
+        return found if arrays is None else others.with_a_chunk_each(arrays, found)
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """int [batch, length] -> [batch, length, hidden] in `dtype`."""
@@ -208,13 +213,7 @@ class Candidate:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
         if self.large:
             gc.collect()  # the layer before, which Flax leaves in reference cycles
-        if self.safetensors is not None:
-            found = dict(self.safetensors.source.read({name: jax.ShapeDtypeStruct(*self.stored[name]) for name in names}))
-        else:
-            found = restore_arrays(self.path, {name: (*self.stored[name], None) for name in names})
-        if self.large:
-            gc.collect()  # and so are Orbax's buffers
-        return found
+        return dict(self.loader.source.read({name: jax.ShapeDtypeStruct(*self.stored[name]) for name in names}))
 
 
 class CandidateLayer:

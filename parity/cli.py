@@ -68,6 +68,7 @@ class _Command(click.Command):
 @click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
 @click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")
+@click.option("--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only a chunk of each parameter.")
 @click.option(
     "--self-test", is_flag=True, help="Test the tool itself: put every known mistake into a right port, one at a time."
 )

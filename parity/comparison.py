@@ -72,6 +72,7 @@ def compare(
     expect_changed: Sequence[str] = (),
     record: str | Path | None = None,
     max_memory: int | None = None,
+    read_with_orbax: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:
     """Compare a model with the safetensors it was made from.
@@ -95,6 +96,8 @@ def compare(
       record: a new directory to write what the reference says to, for `parity.recording.Recording`.
       decode: also decode the prompt a token at a time on the key-value cache.
       max_memory: resident bytes, all in, that it may take at the most.
+      read_with_orbax: compare what plain Orbax reads in every chunk of DST. Otherwise that of one chunk of each parameter is
+        compared, and of the rest what our reader, with its checksums, reads.
       progress: called with (layers done, layers in all, what is being done).
 
     Raises:
@@ -111,7 +114,7 @@ def compare(
             if is_orbax(source):
                 return compare_stored(source, checkpoint, seed=seed, expect_changed=expect_changed, progress=progress)
         made_from = Path(source) if isinstance(source, str | Path) else None
-        port: Port = Candidate(checkpoint, source=made_from, memory=max_memory)
+        port: Port = Candidate(checkpoint, source=made_from, memory=max_memory, read_with_orbax=read_with_orbax)
     else:
         port = checkpoint
     if isinstance(source, str | Path):

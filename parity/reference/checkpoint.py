@@ -83,6 +83,10 @@ class Reference:
     @property
     def settings(self) -> Settings:
         """As transformers understands config.json, its defaults where that is silent; see `parity.configs`."""
+        return self._settings
+
+    @functools.cached_property
+    def _settings(self) -> Settings:
         c: Any = self.config
         rope = c.rope_parameters
         with torch.device("meta"):
