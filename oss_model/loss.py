@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from oss_model import sharding
 from oss_model.modeling import Transformer
 
 CHUNK = 256  # places of each row whose logits are there at a time
@@ -33,7 +34,10 @@ def cross_entropy(
     if segment_ids is not None:
         counted &= (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     x, _ = model.stream(tokens[:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1])
-    chunk = min(chunk, labels.shape[1])
+    chunk, vocab = min(chunk, labels.shape[1]), model.cfg.vocab_size
+    # On a mesh that can cut the vocabulary as finely as the batch: tokens are gathered, a few MB, rather than `lm_head`, once a
+    # chunk and again for its gradient, 1.2 GB each time.
+    by_vocabulary = sharding.cuts_vocabulary(x.shape[0], vocab)
     room = -labels.shape[1] % chunk
 
     def cut(a: Array) -> Array:
@@ -43,9 +47,10 @@ def cross_entropy(
 
     @jax.checkpoint
     def add(total, part):
-        x, labels, counted = part
+        x, labels, counted = (a.reshape(1, -1, *a.shape[2:]) if by_vocabulary else a for a in part)
         logits = model.unembed(x).astype(jnp.float32)
-        right = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        # Not a gather, which would have the logits whole on every device.
+        right = jnp.where(jnp.arange(vocab)[None, None] == labels[..., None], logits, 0).sum(axis=-1)
         return total + jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - right, 0).sum(), None
 
     total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (cut(x), cut(labels), cut(counted)))

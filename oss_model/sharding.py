@@ -30,8 +30,9 @@ PARAMETERS = {
     "tensor": ("heads", "kv", "vocab", "inner", "inner_groups"),
     "fsdp": ("experts", "heads", "kv", "vocab", "inner", "inner_groups", "hidden"),
 }
-# The same for activations: b batch (or tokens), n heads, k kv heads, v vocab. Other letters are never cut.
-ACTIVATIONS = {"fsdp": "b", "expert": "b", "tensor": "nkv"}
+# The same for activations: b batch (or tokens), n heads, k kv heads, v vocab (where there is no batch to cut). Other letters
+# are never cut.
+ACTIVATIONS = {"tensor": "nkv", "fsdp": "bv", "expert": "bv"}
 
 
 def _partition(
@@ -127,6 +128,15 @@ def replicated(x: jax.Array) -> jax.Array:
 def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """The cut of an activation whose axes have these letters."""
     return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, ACTIVATIONS)
+
+
+def cuts_vocabulary(batch: int, vocab: int) -> bool:
+    """Whether the mesh that is set cuts so many rows, and can cut logits along the vocabulary by all that cuts them instead."""
+    shape = mesh_shape()
+    if not shape:
+        return False
+    rows, columns = (mesh_axes(activation_spec("bv", sizes, shape), n) for n, sizes in enumerate(((batch, 1), (1, vocab))))
+    return bool(rows) and set(rows) <= set(columns)
 
 
 def mesh_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:

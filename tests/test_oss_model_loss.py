@@ -1,6 +1,8 @@
 """Cross entropy a piece at a time is the plain one, in value and gradients, and counts what it is told to."""
 
+import contextlib
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +62,33 @@ def test_logits_of_all_tokens_are_never_there(cfg):
     tokens = jax.ShapeDtypeStruct((1, 2049), jnp.int32)
     compiled = jax.jit(jax.grad(loss)).lower(state, tokens).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 50000 * 4 / 2
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}], ids=str)
+def test_on_a_mesh_it_is_the_same_and_no_vocabulary_is_gathered(even_cfg, even_checkpoints, shape):
+    """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never `lm_head` or its gradient."""
+    mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    tokens = np.random.default_rng(2).integers(0, even_cfg.vocab_size, (8, 33), dtype=np.int32)
+    mask, found = np.random.default_rng(3).random(tokens.shape) < 0.4, []
+    for where in (None, mesh):
+        model = create_model_from_checkpoint(even_checkpoints["float32"], even_cfg, where)
+        graphdef, state = nnx.split(model)
+
+        def loss(state, tokens, mask, graphdef=graphdef):
+            total, count = cross_entropy(nnx.merge(graphdef, state), tokens, mask, chunk=8)
+            return total / count
+
+        with jax.set_mesh(where) if where is not None else contextlib.nullcontext():
+            compiled = jax.jit(jax.value_and_grad(loss)).lower(state, tokens, mask).compile()
+            found.append(compiled(state, tokens, mask))
+    (want, of_one), (got, of_many) = found
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(of_one), jax.tree.leaves(of_many), strict=True):
+        assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 1e-5 * np.abs(np.asarray(one)).max()
+    sent = [
+        line for line in compiled.as_text().splitlines() if re.search(r"(all-(gather|reduce|to-all)|scatter|permute)\(", line)
+    ]
+    of_logits = [line.split(" = ")[1].split("{")[0] for line in sent if re.search(r"[/\(]logits", line)]
+    assert of_logits
+    assert all(f"[{even_cfg.vocab_size},{even_cfg.hidden_size}]" not in shape for shape in of_logits)
+    assert all(f",{even_cfg.vocab_size}]" not in shape for shape in of_logits)
