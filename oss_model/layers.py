@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,11 @@ def contract(spec: str, x: Array, y: Array) -> Array:
 class LowRank(nnx.Module):
     """An update of a linear map, alpha / rank · B·A (arXiv:2106.09685), in float32.
 
-    a [rank, *in] and b [*out, rank]; of experts [experts, rank, in] and [experts, *out, rank].
+    a [rank, *in] and b [*out, rank]; of experts [experts, rank, in] and [experts, *out, rank]. In a model without values, their
+    shapes.
     """
 
-    def __init__(self, a: Array, b: Array, alpha: float):
+    def __init__(self, a: Any, b: Any, alpha: float):
         self.a, self.b, self.alpha = nnx.LoRAParam(a), nnx.LoRAParam(b), alpha
 
     @property

@@ -40,7 +40,8 @@ def add_lora(
     """Give every linear map that a rule matches low-rank parameters, in place. The model computes what it did: B is zero.
 
     Args:
-      model: its parameters may be on a mesh; those added are placed on it too.
+      model: its parameters may be on a mesh; those added are placed on it too. Of one without values (`Loader.model`) they
+        have none either.
       rules: regular expressions, each matched against whole module names: `layers.0.attn.q_proj`,
         `layers.0.mlp.gate_up`, …. `r".*(q|k|v|o)_proj"` is the attention of every layer, `r".*mlp\\.(gate_up|down)"` its
         experts.
@@ -226,13 +227,17 @@ def shapes_of(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int
 def _add(module: Adaptable, cfg: ModelConfig, rank: int, alpha: float | int, rngs: nnx.Rngs) -> None:
     """A from a normal distribution of variance 1 / in, B zero (§4.1), on the mesh that the module is on."""
     expert = isinstance(module, ExpertLinear)
-    placed, shapes = (module.bias if expert else module.weight)[...].sharding, shapes_of(module, cfg, rank)
+    value, shapes = (module.bias if expert else module.weight).get_value(), shapes_of(module, cfg, rank)
+    placed = value.sharding
     inputs = math.prod(shapes[0]) // rank // (shapes[0][0] if expert else 1)
     where = None
     if isinstance(placed, NamedSharding):
         specs = module.specs(cfg, placed.mesh.shape) if isinstance(module, ExpertLinear) else {}
         where = tuple(NamedSharding(placed.mesh, specs.get(name, PartitionSpec())) for name in ("lora_a", "lora_b"))
-    a, b = _initializer(*shapes, inputs**-0.5, where)(rngs.params())
+    if isinstance(value, jax.ShapeDtypeStruct):
+        a, b = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=to) for s, to in zip(shapes, where or (None, None), strict=True))
+    else:
+        a, b = _initializer(*shapes, inputs**-0.5, where)(rngs.params())
     module.lora = LowRank(a, b, float(alpha))
 
 

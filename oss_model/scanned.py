@@ -5,6 +5,7 @@ stacking inside the step would copy all of it. `unscanned` gives the model back 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +96,13 @@ def unscanned(model: ScannedTransformer) -> Transformer:
     return single
 
 
-def _stack(values: list[jax.Array]) -> jax.Array:
-    """Cut as each of them is."""
+def _stack(values: list[Any]) -> Any:
+    """Cut as each of them is. Of a model without values: without one too."""
     placed = values[0].sharding
     if isinstance(placed, NamedSharding):
         placed = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+    if isinstance(values[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype, sharding=placed)
     return jax.jit(lambda *values: jnp.stack(values), out_shardings=placed)(*values)
 
 

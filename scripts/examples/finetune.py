@@ -143,6 +143,22 @@ def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
     return total / count
 
 
+def optimizer(rate: float) -> optax.GradientTransformation:
+    schedule = optax.linear_schedule(rate / 10, rate, transition_steps=10)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def step_of(graphdef: nnx.GraphDef, descent: optax.GradientTransformation):
+    """A step of training, to be compiled: params, moments, frozen, tokens -> params, moments, loss."""
+
+    def step(params, moments, frozen, tokens):
+        loss, grads = jax.value_and_grad(lambda params: loss_fn(nnx.merge(graphdef, params, frozen), tokens))(params)
+        updates, moments = descent.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments, loss
+
+    return step
+
+
 def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:
     """The state of a step, placed as `now` is; of runs begun when LoRA parameters had other names, too."""
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, now)
@@ -160,20 +176,14 @@ def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now
 
 def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: jax.sharding.Mesh, state: Path, every: int):
     """The model after `steps` steps of Adam on `batches(step)`; its state is kept in `state`, and taken up from there."""
-    schedule = optax.linear_schedule(rate / 10, rate, transition_steps=10)
-    descent = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    descent = optimizer(rate)
     graphdef, params, frozen = nnx.split(model, trained, ...)
     everywhere = jax.NamedSharding(mesh, jax.P())  # the optimizer's step counts; its moments are where the parameters are
     moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
 
-    def step_fn(params, moments, frozen, tokens):
-        loss, grads = jax.value_and_grad(lambda params: loss_fn(nnx.merge(graphdef, params, frozen), tokens))(params)
-        updates, moments = descent.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
-
     # What comes out of a step is placed as what went in; frozen parameters go in only.
     placed = jax.tree.map(lambda a: a.sharding, (params, moments))
-    train_step = jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=(*placed, None))
+    train_step = jax.jit(step_of(graphdef, descent), donate_argnums=(0, 1), out_shardings=(*placed, None))
 
     options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=1)
     with ocp.CheckpointManager(state.absolute(), options=options) as manager, jax.set_mesh(mesh):

@@ -1,0 +1,69 @@
+"""What a compiled program sends between devices, from its HLO text; what is in a loop as often as the loop runs."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}  # others: 4
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED = re.compile(r"(?:to_apply|body|calls|\w+_computations?)=\{?([^,})]+(?:, %[^,})]+)*)")
+OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
+
+
+class Collective(NamedTuple):
+    """
+    Attributes:
+      shape: of what it gives, as HLO writes it.
+      nbytes: of the largest array of that, on one device.
+      times: how often it runs in a step.
+    """
+
+    kind: str
+    shape: str
+    nbytes: int
+    times: int
+
+
+def collectives(text: str) -> list[Collective]:
+    """Of an optimized module (`jax.stages.Compiled.as_text`), the ones with the most bytes first."""
+    bodies: dict[str, list[str]] = {}
+    entry, body = "", []
+    for line in text.splitlines():
+        if found := COMPUTATION.match(line):
+            body = bodies.setdefault(found[2], [])
+            entry = found[2] if found[1] else entry
+        else:
+            body.append(line)
+    counted: Counter[tuple[str, str]] = Counter()
+
+    def walk(name: str, times: int) -> None:
+        for line in bodies.get(name, []):
+            if not (found := OPERATION.match(line)):
+                continue
+            shape, operation = re.sub(r"\{[^}]*\}", "", found[1]), found[2]
+            if (kind := operation.removesuffix("-start")) in KINDS:
+                counted[kind, shape] += times
+            loop = _trips(line, bodies) if operation == "while" else 1
+            for called in CALLED.findall(line):
+                for other in called.split(", "):
+                    walk(other.strip("% "), times * loop)
+
+    walk(entry, 1)
+    found = [Collective(kind, shape, _largest(shape), times) for (kind, shape), times in counted.items()]
+    return sorted(found, key=lambda one: -one.nbytes * one.times)
+
+
+def _largest(shape: str) -> int:
+    arrays = re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", shape)
+    return max((WIDTHS.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in arrays), default=0)
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: as the compiler notes it, or the constant that its condition compares with."""
+    if noted := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', line):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = bodies.get(condition[1], []) if condition else []
+    return max((int(n) for one in lines for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", one)), default=1)

@@ -1,0 +1,332 @@
+r"""Will a fine-tuning fit, and what will it cost? Compiles finetune.py's own step for devices that need not be there.
+
+\b
+    scripts/tpu --size 20b --topology v5p:2x2x2 --mesh fsdp=8 --length 4096
+    scripts/tpu --size 120b --topology v5p:4x4x4 --mesh fsdp=16,expert=4 --param-dtype mxfp4 --lora '.*(q|k|v|o)_proj'
+    plan_training.py --size 20b --topology cpu:8 --mesh fsdp=8 --layers 2 --length 512
+
+scripts/tpu makes the environment that compiles for TPUs on any machine, and runs this in it. Topologies are those of libtpu:
+v5p:2x2x2 is 8 chips. No weights are needed. Equal layers are one loop (oss_model.scanned), so compiling takes a minute or two
+whatever the depth.
+
+Exit status: 0 it fits, 1 it does not, 2 bad input.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # asked for where there is no TPU
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import click
+import jax
+import numpy as np
+from collectives import Collective, collectives
+from finetune import Matching, optimizer, pattern, step_of
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from oss_model import InputError, ModelConfig, add_lora
+from oss_model.config import SLIDING
+from oss_model.exits import run_click
+from oss_model.memory import size
+from oss_model.params import abstract_model
+from oss_model.scanned import scanned
+from oss_model.sharding import activation_spec, check
+
+
+class Chip(NamedTuple):
+    """Published figures of one chip: https://cloud.google.com/tpu/docs/v5p, /v5e, /v6e (November 2026)."""
+
+    flops: float  # a second, bfloat16
+    memory: float  # bytes
+    bandwidth: float  # of it, bytes a second
+    network: float  # between chips, bytes a second, all links together
+
+
+CHIPS = {
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
+    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was asked for."""
+
+    cfg: ModelConfig
+    topology: str
+    mesh: tuple[tuple[str, int], ...]
+    batch: int
+    length: int
+    lora: tuple[str, ...] = ()
+    rank: int = 16
+    chosen: str = ".*"
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one step on one device, in bytes.
+
+    Attributes:
+      used: all together, as far as it is known: arguments, temporaries, outputs, less what is donated.
+      flops: by `flops`, shared out evenly.
+    """
+
+    used: int
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+    donated: int = 0
+    flops: float = 0.0
+    sent: list[Collective] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+def flops(cfg: ModelConfig, batch: int, length: int, *, lora: bool = False, dense: bool = False) -> dict[str, float]:
+    """Of a step, two a multiplication, by what is multiplied; softmax, norms and the like are left out.
+
+    Forward once, backward twice as much (once where weights are frozen), and layers forward again where `cfg.remat` is "block".
+
+    Args:
+      dense: count attention as if each token saw all of its row; else those it sees.
+    """
+    h, heads, kv = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    window, layers = min(cfg.sliding_window, length), cfg.num_hidden_layers
+    seen = {False: length * (length + 1) / 2, True: window * (window + 1) / 2 + (length - window) * window}
+    pairs = sum(length**2 if dense else seen[kind == SLIDING] for kind in cfg.layer_types)
+    tokens = batch * length
+    forward = {
+        "attention maps": layers * tokens * 4 * h * (heads + kv),
+        "attention": batch * pairs * 4 * heads,
+        "experts": layers * tokens * h * (6 * cfg.intermediate_size * cfg.num_experts_per_tok + 2 * cfg.num_experts),
+        "vocabulary": tokens * 2 * h * cfg.vocab_size,
+    }
+    again = {"none": 0, "mlp": 0, "block": 1}[cfg.remat]
+    times = {name: 1 + (1 if lora and name != "attention" else 2) + (again if name != "vocabulary" else 1) for name in forward}
+    if cfg.remat == "mlp":
+        times["experts"] += 1
+    return {name: float(count * times[name]) for name, count in forward.items()}
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Of `cpu:8`, or of a TPU topology such as v5p:2x2x2."""
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu":
+        if not shape.isdigit() or int(shape) > len(jax.devices("cpu")):
+            raise InputError(f"--topology: expected cpu:N of at most {len(jax.devices('cpu'))} devices, found {topology!r}")
+        return jax.devices("cpu")[: int(shape)]
+    if kind not in CHIPS:
+        raise InputError(f"--topology: expected cpu:N or one of {', '.join(CHIPS)} such as v5p:2x2x2, found {topology!r}")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu's are bare
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"--topology {topology}: expected one that libtpu knows, in scripts/tpu's environment ({said})"
+        ) from None
+
+
+def mesh_of(devices: list[Any], axes: tuple[tuple[str, int], ...]) -> Mesh:
+    sizes = [count for _, count in axes]
+    if math.prod(sizes) != len(devices):
+        found = ",".join(f"{name}={count}" for name, count in axes)
+        raise InputError(f"--mesh: expected sizes that multiply to {len(devices)} devices, found {found}")
+    mesh = Mesh(np.array(devices).reshape(sizes), [name for name, _ in axes], axis_types=(AxisType.Auto,) * len(axes))
+    check(mesh)
+    return mesh
+
+
+def cost(plan: Plan) -> Cost:
+    """Compile the step, without values.
+
+    Returns:
+      With `used` alone where the compiler finds that it does not fit.
+    """
+    mesh = mesh_of(devices_of(plan.topology), plan.mesh)
+    model = nnx.merge(*abstract_model(plan.cfg, mesh))
+    if plan.lora:
+        add_lora(model, plan.lora, plan.rank, rngs=nnx.Rngs(0))
+    graphdef, params, frozen = nnx.split(scanned(model), nnx.LoRAParam if plan.lora else Matching(plan.chosen), ...)
+    descent, everywhere = optimizer(1e-4), NamedSharding(mesh, PartitionSpec())
+    like = lambda node: isinstance(node, nnx.State)  # noqa: E731
+    moments = jax.tree.map(
+        lambda node: jax.tree.map(_placed_as, node, params) if like(node) else _placed(node, everywhere),
+        jax.eval_shape(descent.init, params),
+        is_leaf=like,
+    )
+    rows = (plan.batch, plan.length + 1)
+    spec = activation_spec("bl", rows, {name: count for name, count in plan.mesh if count > 1})
+    tokens = jax.ShapeDtypeStruct(rows, np.int32, sharding=NamedSharding(mesh, spec))
+    placed = jax.tree.map(lambda a: a.sharding, (params, moments))
+    start, cpu = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        step = jax.jit(step_of(graphdef, descent), donate_argnums=(0, 1), out_shardings=(*placed, None))
+        try:
+            compiled = step.lower(params, moments, frozen, tokens).compile()
+        except jax.errors.JaxRuntimeError as error:
+            return Cost(_used(error))
+    memory, total = compiled.memory_analysis(), sum(flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora)).values())
+    assert memory is not None
+    found = Cost(
+        used=0,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        donated=memory.alias_size_in_bytes,
+        flops=total / mesh.size,
+        sent=collectives(compiled.as_text() or ""),
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu,
+    )
+    found.used = found.arguments + found.temporaries + found.outputs - found.donated
+    return found
+
+
+def _placed(a: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+
+def _placed_as(a: jax.ShapeDtypeStruct, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    assert like.sharding is not None
+    return _placed(a, like.sharding)
+
+
+def _used(error: Exception) -> int:
+    """Of "Used 123.4G of 95.7G hbm", which is how the compiler refuses what is too large."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+    if found is None:
+        raise error
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
+
+
+def changes(plan: Plan) -> list[tuple[str, Plan]]:
+    """What may make it fit, the cheapest first."""
+    found, count = [], math.prod(size for _, size in plan.mesh)
+    if plan.cfg.remat != "block":
+        plan = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, remat="block"))
+        found.append(("--remat block", plan))
+    if plan.batch > count:
+        plan = dataclasses.replace(plan, batch=count)
+        found.append((f"--batch {count}", plan))
+    if plan.cfg.param_dtype == "float32":
+        plan = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, param_dtype="bfloat16"))
+        found.append(("--param-dtype bfloat16", plan))
+    if not plan.lora:
+        packed = dataclasses.replace(plan.cfg, param_dtype="mxfp4")
+        plan = dataclasses.replace(plan, cfg=packed, lora=(r".*(q|k|v|o)_proj",))
+        found.append(("--param-dtype mxfp4 --lora '.*(q|k|v|o)_proj'", plan))
+    return found
+
+
+def tell(plan: Plan, found: Cost, chip: Chip | None) -> str:
+    room = "" if chip is None else f" of {size(chip.memory)}: {'fits' if found.used <= chip.memory else 'does not fit'}"
+    if not found.arguments:
+        return f"memory a chip     {size(found.used)}{room}"
+    lines = [
+        f"memory a chip     arguments {size(found.arguments)} + temporaries {size(found.temporaries)} + outputs"
+        f" {size(found.outputs)} - donated {size(found.donated)} = {size(found.used)}{room}"
+    ]
+    kinds: dict[str, list[int]] = {}
+    for one in found.sent:
+        total = kinds.setdefault(one.kind, [0, 0])
+        total[0], total[1] = total[0] + one.nbytes * one.times, total[1] + one.times
+    lines += [f"{kind:<17} {size(nbytes)} a step in {times}" for kind, (nbytes, times) in kinds.items()]
+    lines += [f"                  {size(one.nbytes * one.times)}: {one.times} × {one.shape}" for one in found.sent[:3]]
+    by_kind = flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora))
+    share = ", ".join(f"{name} {count / sum(by_kind.values()):.0%}" for name, count in by_kind.items())
+    lines.append(f"compute           {found.flops / 1e12:.1f} TFLOP a chip and step ({share})")
+    if chip is not None:
+        sent = sum(nbytes for nbytes, _ in kinds.values())
+        bounds = {
+            "compute": found.flops / chip.flops,
+            "memory": (found.arguments + found.outputs) / chip.bandwidth,
+            "network": sent / chip.network,
+        }
+        worst = max(bounds, key=lambda name: bounds[name])
+        each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in bounds.items())
+        speed = plan.batch * plan.length / bounds[worst]
+        lines.append(
+            f"a step            at least {bounds[worst]:.2f} s ({each}): bound by {worst}, at most {speed:,.0f} tokens/s"
+        )
+    lines.append(f"compiled          in {found.seconds:.0f} s, {found.cpu_seconds:.0f} s of CPU")
+    return "\n".join(lines)
+
+
+def axes(_context, _option, text: str) -> tuple[tuple[str, int], ...]:
+    if not re.fullmatch(r"\w+=[1-9]\d*(,\w+=[1-9]\d*)*", text):
+        raise click.BadParameter(f"expected axes and sizes such as fsdp=16,expert=4, found {text!r}")
+    return tuple((name, int(count)) for name, count in (part.split("=") for part in text.split(",")))
+
+
+AT_LEAST_1 = click.IntRange(min=1)
+
+
+@click.command(help=__doc__)
+@click.option("--size", "model", type=click.Choice(["tiny", "20b", "120b"]), default="20b", show_default=True)
+@click.option("--layers", type=AT_LEAST_1, help="Fewer than the model has.")
+@click.option("--topology", required=True, help="v5p:2x2x2, v5e:4x8, v6e:16x16, ...; cpu:8 for simulated devices.")
+@click.option("--mesh", required=True, callback=axes, help="Axes and sizes, such as fsdp=16,expert=4.")
+@click.option("--length", type=AT_LEAST_1, default=4096, show_default=True, help="Tokens a row.")
+@click.option("--batch", type=AT_LEAST_1, help="Rows a step, on all devices together. [default: one a device]")
+@click.option("--param-dtype", type=click.Choice(["float32", "bfloat16", "mxfp4"]), default="float32", show_default=True)
+@click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
+@click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
+@click.option("--rank", default=16, show_default=True, type=AT_LEAST_1)
+@click.option("--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--search/--no-search", default=True, help="Where it does not fit, compile what may.", show_default=True)
+def main(model, layers, topology, mesh, length, batch, param_dtype, remat, lora, rank, chosen, as_json, search) -> int:
+    cfg = {"tiny": ModelConfig.tiny, "20b": ModelConfig.gpt_oss_20b, "120b": ModelConfig.gpt_oss_120b}[model]()
+    kind = topology.partition(":")[0]
+    # What "auto" is on a TPU; asked for by name, since the machine that compiles is none.
+    how = {"remat": remat, "param_dtype": param_dtype, "expert_path": "auto" if kind == "cpu" else "ragged"}
+    if layers is not None:
+        how |= {"num_hidden_layers": layers, "layer_types": ()}
+    cfg = dataclasses.replace(cfg, **how)
+    if length >= cfg.max_position_embeddings:
+        raise InputError(
+            f"--length: expected less than {cfg.max_position_embeddings} (max_position_embeddings), found {length}"
+        )
+    if param_dtype == "mxfp4" and not lora:
+        raise InputError("--param-dtype mxfp4: expected --lora beside it, since packed experts cannot be trained, found none")
+    plan = Plan(cfg, topology, mesh, batch or math.prod(count for _, count in mesh), length, lora, rank, chosen)
+    chip, found = CHIPS.get(kind), cost(plan)
+    fits = chip is None or found.used <= chip.memory
+    if as_json:
+        asked = {"size": model, "layers": cfg.num_hidden_layers, "topology": topology, "mesh": dict(mesh), "length": length}
+        asked |= {"batch": plan.batch, "param_dtype": param_dtype, "remat": remat, "lora": list(lora), "fits": fits}
+        cost_ = dataclasses.asdict(found) | {"sent": [one._asdict() for one in found.sent]}
+        click.echo(json.dumps(asked | cost_))
+        return 0 if fits else 1
+    where = ", ".join(f"{name} {count}" for name, count in mesh)
+    what = f"low-rank updates of {', '.join(lora)}" if lora else f"parameters that match {chosen!r}"
+    click.echo(
+        f"gpt-oss {model}, {cfg.num_hidden_layers} layers, {plan.batch} rows × {length} tokens on {topology}, mesh {where};"
+    )
+    click.echo(f"trained: {what}; parameters as {param_dtype}, remat {remat}, experts {cfg.expert_path}")
+    click.echo(tell(plan, found, chip))
+    if fits or not search:
+        return 0 if fits else 1
+    for option, other in changes(plan):
+        more = cost(other)
+        assert chip is not None
+        click.echo(f"\nwith {option}\n{tell(other, more, chip)}")
+        if more.used <= chip.memory:
+            break
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_click(main, "plan_training.py"))
