@@ -7,11 +7,12 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
 - `fsdp`: the batch, and every parameter along its first axis, which is how the checkpoint is cut into chunks: a process
   reads its share and no more. Parameters are gathered where they are used.
 - `tensor`: attention heads, the inner axis of the experts, the vocabulary.
-- `expert`: the experts, and the batch. Experts stay where they are and tokens travel (`oss_model.expert_parallel`);
-  with it on, `fsdp` cuts the experts further and moves no weights either.
+- `expert`: the experts, the vocabulary, and the batch. Experts stay where they are and tokens travel
+  (`oss_model.expert_parallel`); with it on, `fsdp` cuts the experts further and moves no weights either.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -20,19 +21,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oss_model import layouts
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError
+from oss_model.errors import InputError, raise_all
+from oss_model.memory import size
 
 AXES = ("expert", "tensor", "fsdp")
 
 # Mesh axis -> axes of a parameter that it may cut: the first, in the parameter's own order, that it divides.
 PARAMETERS = {
-    "expert": ("experts",),
+    "expert": ("experts", "vocab"),
     "tensor": ("heads", "kv", "vocab", "inner", "inner_groups"),
     "fsdp": ("experts", "heads", "kv", "vocab", "inner", "inner_groups", "hidden"),
 }
 # The same for activations: b batch (or tokens), n heads, k kv heads, v vocab (where there is no batch to cut). Other letters
 # are never cut.
-ACTIVATIONS = {"tensor": "nkv", "fsdp": "bv", "expert": "bv"}
+ACTIVATIONS = {"expert": "bv", "tensor": "nkv", "fsdp": "bv"}
+WHOLE_BYTES = 64 << 20  # an array larger than this may be on no two devices alike
 
 
 def _partition(
@@ -79,10 +82,48 @@ def shardings(cfg: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """Parameter name -> NamedSharding on `mesh`.
 
     Raises:
-      InputError: if the mesh has axes of other names, or Explicit ones.
+      InputError: if the mesh has axes of other names, or Explicit ones, or if a large array would be on several devices alike.
     """
     check(mesh)
+    raise_all(replication_faults(cfg, mesh.shape))
     return {name: NamedSharding(mesh, spec) for name, spec in partition_specs(cfg, mesh.shape).items()}
+
+
+def replication_faults(cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> list[str]:
+    """A line for what is larger than WHOLE_BYTES and not cut by every axis of the mesh; with a mesh that works."""
+    uncut: dict[str, set[str]] = {}
+    for name, (array, axes) in _uncut(cfg, mesh_shape).items():
+        for axis in axes:
+            uncut.setdefault(axis, set()).add(f"{re.sub(r'[.][0-9]+[.]', '.N.', name)} ({size(array)})")
+    if not uncut:
+        return []
+    found = "; ".join(f"{axis}={mesh_shape[axis]} cuts no {', '.join(sorted(names))}" for axis, names in uncut.items())
+    other = suggestion(cfg, math.prod(mesh_shape.values()))
+    works = "no mesh of so many devices" if other is None else ",".join(f"{axis}={count}" for axis, count in other.items())
+    return [f"mesh: expected each axis to cut every large array, found copies: {found}; use {works}"]
+
+
+def _uncut(cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, tuple[int, list[str]]]:
+    """Parameter larger than WHOLE_BYTES -> its bytes, and the axes of the mesh that do not cut it; without those cut by all."""
+    specs, found = partition_specs(cfg, mesh_shape), {}
+    for name, (shape, dtype) in layouts.parameters(cfg).items():
+        nbytes, cut = math.prod(shape) * dtype.itemsize, {axis for n in range(len(shape)) for axis in mesh_axes(specs[name], n)}
+        missing = [axis for axis, count in mesh_shape.items() if count > 1 and axis not in cut]
+        if nbytes > WHOLE_BYTES and missing:
+            found[name] = nbytes, missing
+    return found
+
+
+def suggestion(cfg: ModelConfig, devices: int) -> dict[str, int] | None:
+    """A mesh of so many devices that cuts every large array by each of its axes: as much `fsdp` as there can be."""
+    counts = [n for n in range(1, devices + 1) if devices % n == 0]
+    for fsdp in reversed(counts):
+        for expert in (n for n in reversed(counts) if devices // fsdp % n == 0):
+            shape = {"expert": expert, "fsdp": fsdp, "tensor": devices // fsdp // expert}
+            shape = {axis: count for axis, count in shape.items() if count > 1} or {"fsdp": 1}
+            if not _uncut(cfg, shape):
+                return shape
+    return None
 
 
 def check(mesh: Mesh | jax.sharding.AbstractMesh) -> None:

@@ -1,6 +1,7 @@
 """On a mesh: every array is cut as promised, and the model computes what it does on one device."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -11,8 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, generate, init_cache
-from oss_model.layouts import parameter_name
+from oss_model import InputError, ModelConfig, Transformer, create_model_from_checkpoint, generate, init_cache, sharding
+from oss_model.layouts import parameter_name, parameters
 from oss_model.lora import add_lora
 from oss_model.params import abstract_model
 from oss_model.sharding import partition_specs, shardings
@@ -55,7 +56,7 @@ BY_HAND = {
         "norm.scale": P("fsdp"),
     },
     (("fsdp", 4), ("tensor", 8), ("expert", 2)): {
-        "lm_head.weight": P(("tensor", "fsdp"), None),
+        "lm_head.weight": P(("expert", "tensor", "fsdp"), None),
         "layers.0.attn.q_proj.weight": P(("tensor", "fsdp"), None, None),
         "layers.0.attn.k_proj.weight": P("tensor", None, "fsdp"),  # 8 kv heads are used up by `tensor`
         "layers.0.attn.o_proj.weight": P("fsdp", "tensor", None),
@@ -64,7 +65,7 @@ BY_HAND = {
         "layers.0.mlp.down.bias": P(("expert", "fsdp"), None),
     },
     (("fsdp", 7), ("tensor", 11), ("expert", 64)): {  # 7 and 11 divide nothing, 64 is more experts than there are
-        "embedding.weight": P(None, None),
+        "embedding.weight": P("expert", None),
         "layers.0.mlp.gate_up.weight": P(None, None, None, None),
         "layers.0.attn.q_proj.weight": P(None, None, None),
     },
@@ -101,6 +102,53 @@ def test_a_mesh_that_would_not_work_is_refused(names, types, fault, even_cfg):
     model = nnx.eval_shape(lambda: Transformer(even_cfg, rngs=nnx.Rngs(0)))
     with jax.set_mesh(mesh), pytest.raises(InputError, match=re.escape(fault)):
         nnx.eval_shape(lambda m: m(jnp.zeros((1, 4), jnp.int32)), model)
+
+
+# The largest power of two of devices that a mesh is found for: packed experts are cut by experts and two of 90 blocks.
+ACCEPTED = {
+    ("20b", "bfloat16"): 512,
+    ("20b", "float32"): 512,
+    ("20b", "mxfp4"): 64,
+    ("120b", "bfloat16"): 512,
+    ("120b", "float32"): 512,
+    ("120b", "mxfp4"): 256,
+}
+
+
+@pytest.mark.parametrize(("model", "dtype"), ACCEPTED)
+def test_there_is_a_mesh_for_every_power_of_two(model, dtype):
+    """On which no array over 64 MB is on two devices, by arithmetic."""
+    cfg = {"20b": ModelConfig.gpt_oss_20b, "120b": ModelConfig.gpt_oss_120b}[model]()
+    cfg = dataclasses.replace(cfg, param_dtype=dtype)
+    for devices in (2**n for n in range(10)):
+        shape = sharding.suggestion(cfg, devices)
+        if devices > ACCEPTED[model, dtype]:
+            assert shape is None
+            continue
+        assert math.prod(shape.values()) == devices
+        for name, (sizes, stored) in parameters(cfg).items():
+            cut = partition_specs(cfg, shape)[name]
+            parts = math.prod(shape[axis] for n in range(len(sizes)) for axis in sharding.mesh_axes(cut, n))
+            assert parts == devices or math.prod(sizes) * stored.itemsize <= 64 << 20, (devices, name)
+
+
+def test_a_mesh_that_would_copy_a_large_array_is_refused_with_one_that_does_not(even_cfg, monkeypatch):
+    """On 256 devices each would hold all of 20b."""
+    cfg = dataclasses.replace(ModelConfig.gpt_oss_20b(), param_dtype="bfloat16")
+    assert sharding.replication_faults(cfg, {"fsdp": 256}) == [
+        "mesh: expected each axis to cut every large array, found copies: fsdp=256 cuts no embedding.weight (1.2 GB),"
+        " layers.N.mlp.down.weight (530.8 MB), layers.N.mlp.gate_up.weight (1.1 GB), lm_head.weight (1.2 GB);"
+        " use expert=4,fsdp=64"
+    ]
+    packed = dataclasses.replace(cfg, param_dtype="mxfp4")
+    (line,) = sharding.replication_faults(packed, {"fsdp": 128})
+    assert line.endswith("use no mesh of so many devices")
+    assert sharding.replication_faults(cfg, {"expert": 8}) == []
+    odd = dataclasses.replace(even_cfg, vocab_size=509)
+    shardings(odd, mesh_of({"fsdp": 8}))
+    monkeypatch.setattr(sharding, "WHOLE_BYTES", 64 << 10)
+    with pytest.raises(InputError, match=r"tensor=8 cuts no embedding.weight \([\d.]+ KB\), .*lm_head"):
+        shardings(odd, mesh_of({"tensor": 8}))
 
 
 # --- loading ----------------------------------------------------------------------------------------------------

@@ -124,9 +124,11 @@ def test_too_large_is_read_from_the_compilers_refusal():
     said = (
         "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 123.50G of 95.74G hbm. Exceeded by 27.8G."
     )
-    assert plans._used(RuntimeError(said)) == int(123.5 * 2**30)
+    assert plans._used(RuntimeError(said), 1) == int(123.5 * 2**30)
+    said = "Ran out of memory on HBM, the total memory required for HLO temporaries (55.5G) exceeds available HBM (15.75G)."
+    assert plans._used(RuntimeError(said), 1) == int(55.5 * 2**30) + 1
     with pytest.raises(RuntimeError, match="another"):
-        plans._used(RuntimeError("another"))
+        plans._used(RuntimeError("another"), 1)
 
 
 @pytest.mark.parametrize(

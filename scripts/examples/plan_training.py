@@ -176,7 +176,7 @@ def cost(plan: Plan) -> Cost:
         try:
             compiled = step.lower(params, moments, frozen, tokens).compile()
         except jax.errors.JaxRuntimeError as error:
-            return Cost(_used(error))
+            return Cost(_used(error, _nbytes((params, moments, frozen))))
     memory, total = compiled.memory_analysis(), sum(flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora)).values())
     assert memory is not None
     found = Cost(
@@ -203,12 +203,19 @@ def _placed_as(a: jax.ShapeDtypeStruct, like: jax.ShapeDtypeStruct) -> jax.Shape
     return _placed(a, like.sharding)
 
 
-def _used(error: Exception) -> int:
-    """Of "Used 123.4G of 95.7G hbm", which is how the compiler refuses what is too large."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-    if found is None:
-        raise error
-    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
+def _used(error: Exception, arguments: int) -> int:
+    """As the compiler says it when it refuses what is too large: all of it, or the temporaries alone."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    if found := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error)):
+        return int(float(found[1]) * units[found[2]])
+    if found := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", str(error)):
+        return arguments + int(float(found[1]) * units[found[2]])
+    raise error
+
+
+def _nbytes(tree: Any) -> int:
+    """Of the part of each array that is on one device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def changes(plan: Plan) -> list[tuple[str, Plan]]:
