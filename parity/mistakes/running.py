@@ -63,8 +63,8 @@ def _loaded(change: Callable[[TransformerBlock], None]) -> tuple[tuple[Any, str,
     """In each block that was just loaded, from either kind of checkpoint."""
 
     def make(right):
-        def load(self, parts):
-            right(self, parts)
+        def load(self, parts, nbytes=None):
+            right(self, parts, nbytes)
             for module in parts.values():
                 if isinstance(module, TransformerBlock):
                     change(module)
