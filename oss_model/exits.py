@@ -9,6 +9,7 @@
 130  interrupted, by Ctrl-C or by SIGTERM
 """
 
+import _thread
 import contextlib
 import errno
 import io
@@ -38,7 +39,7 @@ def run_command(command: Callable[[], int | None]) -> int:
       command: returns an exit code, 0 if None. `SystemExit` passes through.
     """
     _keep_streams()
-    _hush_orbax()
+    _hush_what_nobody_catches()
     with _terminated_like_interrupted():
         try:
             code = command() or 0
@@ -96,7 +97,7 @@ def _report(error: BaseException) -> int:
     return code
 
 
-def _hush_orbax() -> None:
+def _hush_what_nobody_catches() -> None:
     """What Orbax raises, it also logs, whole tracebacks long; and the reads it no longer waits for end in yet others."""
     logging.getLogger("absl").addFilter(_is_no_traceback)
     logging.getLogger("asyncio").addFilter(_is_nothing)
@@ -113,7 +114,16 @@ def _is_nothing(record: logging.LogRecord) -> bool:
 
 
 def _unraisable(found: Any) -> None:
-    """`sys.unraisablehook`, but for coroutines that nobody awaits, and for results that come after their loop is closed."""
+    """`sys.unraisablehook`, but for coroutines that nobody awaits, and for results that come after their loop is closed.
+
+    Ctrl-C while a callback of the garbage collector runs (JAX has one) would be forgotten with it: it is raised again.
+    """
+    if isinstance(found.exc_value, KeyboardInterrupt):
+        if all(thread.name != "interrupt" for thread in threading.enumerate()):
+            again = threading.Timer(0.01, _thread.interrupt_main)  # while it runs still, perhaps: then this is called once more
+            again.name, again.daemon = "interrupt", True
+            again.start()
+        return
     if not isinstance(found.object, types.CoroutineType) and str(found.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(found)
 

@@ -5,11 +5,13 @@ run time, is installed after this file is read.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import errno
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -90,6 +92,19 @@ def even_checkpoints(tmp_path_factory, even_cfg) -> dict[str, Path]:
 def prompt() -> np.ndarray:
     """int32 [2, 40]: more than three windows."""
     return np.random.default_rng(0).integers(0, 509, (2, 40), dtype=np.int32)
+
+
+@pytest.fixture
+def start():
+    """`subprocess.Popen`, of processes that end with the test, whatever becomes of it."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(command: list, **options) -> subprocess.Popen:
+            process = stack.enter_context(subprocess.Popen(command, **options))
+            stack.callback(process.kill)
+            return process
+
+        yield begin
 
 
 # --- conversions that are cut off -------------------------------------------------------------------------------

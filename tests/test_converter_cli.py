@@ -159,10 +159,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def begin(hf: Path, out: Path, seconds: float, *options: str, script: str = SLOWLY) -> subprocess.Popen:
+def begin(start, hf: Path, out: Path, seconds: float, *options: str, script: str = SLOWLY) -> subprocess.Popen:
     """A conversion in a process of its own, that has written three chunks."""
     command = [sys.executable, "-c", script.format(seconds=seconds), str(hf), str(out), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = out.with_name(f"{out.name}.partial") / "journal.1-of-1", time.monotonic() + 60
     while not journal.exists() or journal.read_bytes().count(b"chunk") < 3:
         assert time.monotonic() < deadline
@@ -170,9 +170,9 @@ def begin(hf: Path, out: Path, seconds: float, *options: str, script: str = SLOW
     return process
 
 
-def test_sigterm_ends_in_order_as_ctrl_c_does(hf, tmp_path):
+def test_sigterm_ends_in_order_as_ctrl_c_does(hf, tmp_path, start):
     out = tmp_path / "out"
-    process = begin(hf, out, 0.02, "-q", "--json")
+    process = begin(start, hf, out, 0.02, "-q", "--json")
     process.send_signal(signal.SIGTERM)
     output, err = process.communicate()
     line = f"interrupted; what is written is kept in {out}.partial: run the same command again to go on"
@@ -198,9 +198,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_second_ctrl_c_interrupts_at_once(hf, tmp_path):
+def test_a_second_ctrl_c_interrupts_at_once(hf, tmp_path, start):
     out = tmp_path / "out"
-    process = begin(hf, out, 0, "-q", script=HANGS)
+    process = begin(start, hf, out, 0, "-q", script=HANGS)
     time.sleep(0.5)  # until all threads hang
     try:
         process.send_signal(signal.SIGINT)

@@ -30,8 +30,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def begin(*argv: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SLOWLY, *map(str, argv)], stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def begin(start):
+    return lambda *argv: start([sys.executable, "-c", SLOWLY, *map(str, argv)], stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_chunks(out: Path, count: int) -> None:
@@ -42,7 +43,7 @@ def wait_for_chunks(out: Path, count: int) -> None:
         time.sleep(0.005)
 
 
-def test_sigkill_at_any_moment(hf, whole, tmp_path):
+def test_sigkill_at_any_moment(hf, whole, tmp_path, begin):
     out = tmp_path / "out"
     for count in (1, 40, 120):
         process = begin(hf, out)
@@ -56,7 +57,7 @@ def test_sigkill_at_any_moment(hf, whole, tmp_path):
     assert contents(out) == whole
 
 
-def test_ctrl_c_finishes_what_is_under_way_and_says_how_to_go_on(hf, whole, tmp_path):
+def test_ctrl_c_finishes_what_is_under_way_and_says_how_to_go_on(hf, whole, tmp_path, begin):
     out = tmp_path / "out"
     process = begin(hf, out, "-q")
     wait_for_chunks(out, 20)
@@ -73,7 +74,7 @@ def test_ctrl_c_finishes_what_is_under_way_and_says_how_to_go_on(hf, whole, tmp_
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path, count):
+def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path, begin, count):
     out = tmp_path / "out"
     processes = [begin(hf, out, "-q", "--process", f"{index}/{count}") for index in range(1, count + 1)]
     wait_for_chunks(out, 20)
@@ -87,8 +88,6 @@ def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path
     assert again.returncode == 0
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    for process in processes:
-        process.stderr.close()
 
 
 def of_the_first_share(out: Path) -> Path:

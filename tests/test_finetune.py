@@ -90,13 +90,13 @@ def test_full_fine_tuning_on_a_mesh_changes_what_was_asked_for(source, text, tmp
     assert differing(source, tmp_path / "run/model", tmp_path) == expected | {"lm_head.weight"}
 
 
-def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path):
+def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path, start):
     """To the same values, bit for bit, as a run that nobody killed."""
     options = ["--steps", "24", "--save-every", "4", "--lora", ATTENTION]
     whole = finetune(source, text, tmp_path / "whole", *options)
     assert losses(whole)[-1] < losses(whole)[0] - 0.5
 
-    killed = subprocess.Popen(
+    killed = start(
         command(source, text, tmp_path / "killed", *options),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
     )  # fmt: skip
@@ -200,11 +200,9 @@ def test_tokens_of_another_models_tokenizer_are_refused(cfg, text):
     assert faults == [f"{text}: expected tokens from 0 to 508, found 509; is it that tokenizer?"]
 
 
-def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path):
+def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path, start):
     run = tmp_path / "run"
-    began = subprocess.Popen(
-        command(source, text, run, "--steps", "100000", "--lora", ATTENTION), stderr=subprocess.PIPE, text=True
-    )
+    began = start(command(source, text, run, "--steps", "100000", "--lora", ATTENTION), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run / "steps").is_dir():
         assert began.poll() is None

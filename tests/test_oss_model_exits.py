@@ -169,16 +169,37 @@ def test_a_result_that_could_not_be_written_is_incomplete():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_does_what_ctrl_c_does(number):
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_sigterm_does_what_ctrl_c_does(number, start):
+    process = start([sys.executable, "-c", PROGRAM, "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(3):
         process.stdout.readline()
     process.send_signal(number)
     _, err = process.communicate()
     assert (process.returncode, err.splitlines()[-1]) == (130, "error: interrupted")
     assert "Traceback" not in err
+
+
+def test_ctrl_c_is_not_forgotten_in_a_callback_of_the_garbage_collector():
+    """Where Python says "Exception ignored", and goes on."""
+    code = """
+import gc, signal, sys, time
+from oss_model.exits import run_command
+
+def collected(phase, info):
+    if phase == "stop":
+        gc.callbacks.remove(collected)
+    signal.raise_signal(signal.SIGINT)
+
+def command():
+    gc.callbacks.append(collected)
+    for _ in range(600):
+        gc.collect()
+        time.sleep(0.1)
+
+sys.exit(run_command(command))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (130, "error: interrupted\n")
 
 
 def test_what_orbax_leaves_behind_is_not_shown():
