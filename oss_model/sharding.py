@@ -11,6 +11,7 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
   (`oss_model.expert_parallel`); with it on, `fsdp` cuts the experts further and moves no weights either.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -104,7 +105,11 @@ def replication_faults(cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> list[
 
 
 def _uncut(cfg: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, tuple[int, list[str]]]:
-    """Parameter larger than WHOLE_BYTES -> its bytes, and the axes of the mesh that do not cut it; without those cut by all."""
+    """Parameter larger than WHOLE_BYTES -> its bytes, and the axes of the mesh that do not cut it; without those cut by all.
+
+    Of one layer, as which all others are.
+    """
+    cfg = dataclasses.replace(cfg, num_hidden_layers=1, layer_types=())
     specs, found = partition_specs(cfg, mesh_shape), {}
     for name, (shape, dtype) in layouts.parameters(cfg).items():
         nbytes, cut = math.prod(shape) * dtype.itemsize, {axis for n in range(len(shape)) for axis in mesh_axes(specs[name], n)}
