@@ -70,9 +70,14 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
     assert found[0] == found[1] == 4 * 16 * 2 * 160 * 96 * 4
 
 
-def test_a_loop_without_a_noted_count_goes_by_its_condition():
+def test_a_loop_in_a_loop_counts_times_both_and_one_without_a_noted_count_goes_by_its_condition():
     text = """
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %collective-permute.1 = f32[2]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %while.2 = (s32[], f32[8]{0}) while(%tuple), condition=%other, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
   %all-gather.1 = f32[8]{0} all-gather(%x), replica_groups={{0,1}}
 }
 
@@ -88,6 +93,7 @@ ENTRY %main (a: f32[4]) -> f32[8] {
 }
 """
     assert [tuple(one) for one in collectives(text)] == [
+        ("collective-permute", "f32[2]", 8, 60),
         ("all-gather", "f32[8]", 32, 12),
         ("all-reduce", "(f32[16], f32[16])", 64, 1),
     ]
