@@ -51,10 +51,10 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def advise(fd: int, advice: str) -> None:
-    """Tell the kernel what is to come of a file's pages; nothing where it takes no such hints (macOS)."""
+def advise(fd: int, advice: str, offset: int = 0, nbytes: int = 0) -> None:
+    """Tell the kernel what is to come of a file's pages, or a part's; nothing where it takes no such hints (macOS)."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, getattr(os, f"POSIX_FADV_{advice}"))
+        os.posix_fadvise(fd, offset, nbytes, getattr(os, f"POSIX_FADV_{advice}"))
 
 
 def sync(path: Path) -> None:

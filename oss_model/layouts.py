@@ -139,6 +139,16 @@ OPENAI = Layout(
 LAYOUTS = {layout.name: layout for layout in (HF_MXFP4, HF_BF16, HF_BF16_MISNAMED, OPENAI)}
 
 
+def _as_the_model(layout: Layout, title: str) -> Layout:
+    """An Orbax checkpoint, as a row a parameter: nothing is moved."""
+    sides = {row: row.pattern.split(" -> ")[1] for row in layout.rows}
+    rows = (dataclasses.replace(row, checkpoint=row.model, pattern=f"{side} -> {side}") for row, side in sides.items())
+    return Layout("orbax", title, tuple(rows))
+
+
+ORBAX, ORBAX_MXFP4 = _as_the_model(HF_BF16, "Orbax"), _as_the_model(HF_MXFP4, "Orbax, experts packed")
+
+
 # --- rows with their sizes filled in ----------------------------------------------------------------------------
 
 
@@ -171,10 +181,13 @@ class Entry:
         return self._shape(1)
 
     @property
-    def keeps_order(self) -> bool:
-        """Whether axes are only split: the checkpoint's bytes, as they come, are the parameter in C order."""
-        before, after = (re.findall(r"\w+", side) for side in self.pattern.split("->"))
-        return before == after
+    def order(self) -> tuple[str, ...]:
+        """Names of the axes, in C order, of the checkpoint's tensor, those of a group one by one. The first is the model's."""
+        return tuple(re.findall(r"\w+", self.pattern.split("->")[0]))
+
+    def split(self, part: np.ndarray) -> np.ndarray:
+        """A checkpoint's array, or a run of its first axis, with an axis for each of `order`: a view."""
+        return part.reshape(-1, *(self.axes[axis] for axis in self.order[1:]))
 
     @property
     def rows(self) -> slice:

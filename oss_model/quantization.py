@@ -129,8 +129,7 @@ def _place(values: np.ndarray, scale: np.ndarray, high: np.ndarray, index: np.nd
     """Into `index`: places in the tables of `_tables`, by `high` beside the block's scale."""
     small = scale < _NORMAL
     if small.any():  # their exponents would be below the smallest there is: as if all were larger
-        cut = widen(values[small]) if values.dtype == BFLOAT16 else (values[small].view(np.uint32) & 0xFFFF0000).view(np.float32)
-        lifted = np.abs(cut) * np.float32(2.0**_LIFT)
+        lifted = (high[small].astype(np.uint32) << 16).view(np.float32) * np.float32(2.0**_LIFT)
         high[small] = lifted.view(np.uint32) >> 16
         scale = scale + _LIFT * small
     below = ((scale[:, None].astype(np.int32) + 3 - _OCTAVES << 7) - 1).astype(np.uint16)

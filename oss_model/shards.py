@@ -152,8 +152,24 @@ class Checkpoint:
         raise_all(faults)
         raise_all(layouts.check(self.shards.signature(), self.layout, self.cfg, str(self.directory)))
 
+    def close(self) -> None:
+        self.shards.close()
+
     def entries(self) -> list[layouts.Entry]:
         return layouts.entries(self.layout, self.cfg)
+
+    def together(self, entry: layouts.Entry) -> int:
+        """How many rows of its tensor's first axis are read at once, whether they are asked for or not."""
+        return 1
+
+    def files_of(self, entry: layouts.Entry) -> list[Path]:
+        """That the parameter of `entry` is in."""
+        return [self.shards.tensors[entry.checkpoint].file]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those with tensors."""
+        return sorted({tensor.file for tensor in self.shards.tensors.values()})
 
     def dtype(self, entry: layouts.Entry) -> np.dtype:
         """As the parameter of `entry` is stored."""
@@ -225,14 +241,8 @@ def _look_elsewhere(directory: Path) -> str:
     return "it is empty"
 
 
-def write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], str]], pieces) -> None:
-    """Write one safetensors file as a stream.
-
-    Args:
-      path: the file.
-      tensors: name -> (shape, safetensors dtype), in the order of `pieces`.
-      pieces: an iterable of arrays: the data of all tensors one after the other, each in any number of pieces.
-    """
+def shard_header(tensors: dict[str, tuple[tuple[int, ...], str]]) -> bytes:
+    """The first bytes of a safetensors file of these tensors (name -> shape, safetensors dtype), which follow in this order."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in tensors.items():
@@ -241,9 +251,21 @@ def write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], str]], pie
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shard(path: Path, tensors: dict[str, tuple[tuple[int, ...], str]], pieces) -> None:
+    """Write one safetensors file as a stream.
+
+    Args:
+      path: the file.
+      tensors: name -> (shape, safetensors dtype), in the order of `pieces`.
+      pieces: an iterable of arrays: the data of all tensors one after the other, each in any number of pieces.
+    """
+    header, nbytes = shard_header(tensors), sum(math.prod(shape) * _DTYPES[dtype].itemsize for shape, dtype in tensors.values())
     with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(header)
         for piece in pieces:
             f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        if f.tell() != 8 + len(text) + offset:
-            raise ValueError(f"{path}: the pieces hold {f.tell() - 8 - len(text)} bytes, the header {offset}")
+        if f.tell() != len(header) + nbytes:
+            raise ValueError(f"{path}: the pieces hold {f.tell() - len(header)} bytes, the header {nbytes}")
