@@ -216,6 +216,7 @@ def save(model: Transformer, base: Path, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute(), nnx.state(model))
+    (partial / "trained.json").write_text(json.dumps({"base": str(base.resolve())}))  # whose bytes an export may keep
     for file in base.iterdir():
         if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
             shutil.copy2(file, partial)
