@@ -3,20 +3,19 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from converter.chunks import Reader
 from converter.destination import Destination
+from converter.form import noted_form
+from converter.job import Job, open_job
 from converter.manifest import FORMAT, file_hash, read_manifest, stored_target, tree_hash
-from converter.plan import Chunk, Plan, make_plan
+from converter.plan import Chunk, Plan
 from converter.progress import Counter, Progress
-from converter.source import companions, open_source
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from oss_model.errors import InputError
-from oss_model.shards import Checkpoint
 
 
 @dataclasses.dataclass
@@ -57,17 +56,16 @@ def verify_checkpoint(
         return Audit("fail", str(directory), str(src) if src else None, 0, 0, [line], time.perf_counter() - start)
     if manifest["format"] != FORMAT:
         raise InputError(f"{directory}: {MANIFEST}: expected format {FORMAT}, found {manifest['format']}; use a newer version")
-    plan = Plan(manifest["dtype"], tuple(stored_target(name, entry) for name, entry in manifest["tensors"].items()))
+    form = noted_form(manifest)
+    plan = Plan(form, tuple(stored_target(name, entry) for name, entry in manifest["tensors"].items()))
     differences = _files(directory, manifest)
     if src is None:
         differences += _chunks(directory, manifest, plan, None, progress)
     else:
-        checkpoint = open_source(src, manifest["dtype"])
-        with checkpoint.shards:
-            anew = make_plan(checkpoint, manifest["dtype"])
-            differences += _companions(directory, checkpoint) + _shapes(directory, plan, anew)
-            plan = _with_sources(plan, anew)
-            differences += _chunks(directory, manifest, plan, checkpoint, progress)
+        with open_job(src, form) as job:
+            differences += _companions(directory, job) + _shapes(directory, plan, job.plan)
+            plan = _with_sources(plan, job.plan)
+            differences += _chunks(directory, manifest, plan, job, progress)
     return Audit(
         status="fail" if differences else "pass",
         checkpoint=str(directory.resolve()),
@@ -84,9 +82,8 @@ def _with_sources(plan: Plan, anew: Plan) -> Plan:
 
     Cut into chunks as they are stored: an older version may have cut them otherwise.
     """
-    sources = {(target.name, target.shape): target.sources for target in anew.targets}
-    targets = (dataclasses.replace(t, sources=sources.get((t.name, t.shape), ())) for t in plan.targets)
-    return Plan(plan.dtype, tuple(targets))
+    parts = {(target.name, target.shape): target.parts for target in anew.targets}
+    return Plan(plan.form, tuple(dataclasses.replace(t, parts=parts.get((t.name, t.shape), ())) for t in plan.targets))
 
 
 def _files(directory: Path, manifest: dict) -> list[str]:
@@ -98,15 +95,28 @@ def _files(directory: Path, manifest: dict) -> list[str]:
             differences.append(f"{directory}: {name}: missing; copy it again")
         elif file_hash(path.read_bytes()) != expected:
             differences.append(f"{directory}: {name}: its bytes do not match their hash in {MANIFEST}; copy it again")
+    for name, expected in manifest.get("shards", {}).items():
+        path = directory / name
+        if path.is_file() and _header_hash(path) != expected:  # a missing one is told with each of its tensors
+            differences.append(f"{directory}: {name}: its header does not match its hash in {MANIFEST}; copy it again")
     unknown = Destination(directory).unknown_files(manifest)
     return differences + [f"{directory}: {name}: not in {MANIFEST}; move it away" for name in unknown]
 
 
-def _companions(directory: Path, checkpoint: Checkpoint) -> list[str]:
+def _header_hash(path: Path) -> str | None:
+    """Of what comes before the tensors in a file of safetensors."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        rest = int.from_bytes(length, "little")
+        return file_hash(length + file.read(rest)) if rest <= path.stat().st_size else None
+
+
+def _companions(directory: Path, job: Job) -> list[str]:
     differences = []
-    for file in companions(checkpoint.directory):
+    for file in job.companions:
         path = directory / file.name
-        if path.is_file() and path.read_bytes() != file.read_bytes():
+        made_anew = job.config is not None and file.name == "config.json"
+        if path.is_file() and not made_anew and path.read_bytes() != file.read_bytes():
             differences.append(f"{directory}: {file.name}: differs from {file}")
     return differences
 
@@ -123,26 +133,28 @@ def _shapes(directory: Path, plan: Plan, anew: Plan) -> list[str]:
     return sorted(differences)
 
 
-def _chunks(
-    directory: Path, manifest: dict, plan: Plan, checkpoint: Checkpoint | None, progress: Callable[[Progress], None]
-) -> list[str]:
+def _chunks(directory: Path, manifest: dict, plan: Plan, job: Job | None, progress: Callable[[Progress], None]) -> list[str]:
     """Read every chunk; compare with the source, for the tensors that have one, and with the tensor's hash."""
 
     def checker():
-        buffer, reader = check_buffer(), Reader(checkpoint) if checkpoint else None
+        buffer, reader = check_buffer(), job.reader() if job else None
 
-        def check(chunk: Chunk) -> tuple[Chunk, bytes, str | None]:
-            pieces = reader.pieces(chunk) if reader and chunk.target.sources else None
-            return chunk, *check_chunk(directory, chunk, pieces, buffer)
+        def check(unit: tuple[Chunk, ...]) -> list[tuple[Chunk, bytes, str | None]]:
+            found = []
+            for chunk in unit:
+                pieces = reader.pieces(chunk) if reader and chunk.target.parts else None
+                found.append((chunk, *check_chunk(directory, chunk, pieces, buffer)))
+            return found
 
         return check
 
     wrong, digests, show = [], {}, Counter("verifying", plan.chunks, progress)
     with interruptible() as stop:
-        for chunk, digest, line in in_threads(checker, from_disk(directory, plan.chunks), stop=stop):
-            digests[chunk.path] = digest
-            wrong += [(chunk, line)] if line else []
-            show.add(chunk)
+        for unit in in_threads(checker, _units(directory, plan), stop=stop):
+            for chunk, digest, line in unit:
+                digests[chunk.path] = digest
+                wrong += [(chunk, line)] if line else []
+                show.add(chunk)
         stop_here(stop)
     differences = a_line_a_tensor(directory, wrong)
     for target in plan.targets:
@@ -150,3 +162,10 @@ def _chunks(
         if all(found) and tree_hash(found) != manifest["tensors"][target.name]["hash"]:
             differences.append(f"{directory}: {target.name}: its values do not match their hash in {MANIFEST}; convert again")
     return sorted(differences)
+
+
+def _units(directory: Path, plan: Plan) -> Iterator[tuple[Chunk, ...]]:
+    """`plan.units`, each announced to the disk somewhat before it is read."""
+    ahead = from_disk(directory, [chunk for unit in plan.units for chunk in unit])
+    for unit in plan.units:
+        yield tuple(next(ahead) for _ in unit)

@@ -34,30 +34,47 @@ def _shared_options(command: Callable) -> Callable:
 @click.argument("src", type=click.Path())
 @click.argument("destination", metavar="DST", type=click.Path())
 @click.option(
+    "--to",
+    type=click.Choice(["orbax", "hf", "hf-bf16", "openai"]),
+    default="orbax",
+    show_default=True,
+    help="What is written: Orbax, or safetensors: Hugging Face's MXFP4, its bfloat16, or OpenAI's.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "mxfp4"]),
-    default="bfloat16",
-    show_default=True,
-    help="How parameters are stored. mxfp4: the experts packed as they came, the rest bfloat16.",
+    help="How parameters are stored: in Orbax as bfloat16 if not said. mxfp4: the experts packed, the rest bfloat16.",
 )
+@click.option(
+    "--quantizer",
+    type=click.Choice(["best", "ocp", "ceil"]),
+    help="How experts' values become MXFP4, which loses something; never without this. best: the smallest error.",
+)
+@click.option("--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes.")
+@click.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, as save_lora wrote them.")
+@click.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
 @click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
 @_shared_options
-def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose) -> int:
-    """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST.
+def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose, **form) -> int:
+    """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST, or back.
 
-    SRC is a directory of safetensors: Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original, recognised by
-    content. DST is a new or empty directory; it is written beside it, in DST.partial, and takes its place when all of it
-    is whole. Where DST is a mount point, or the directory above it cannot be written, it is written inside DST, in
-    convert-oss.partial, and moved up when it is whole, what completes it last. Run the same command again to take up a
-    conversion that was interrupted; where it is complete, and the source has not changed, that says so and does nothing.
+    SRC is a directory of safetensors (Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original) or an Orbax checkpoint,
+    ours or one that training saved: recognised by content. DST is a new or empty directory; it is written beside it, in
+    DST.partial, and takes its place when all of it is whole. Where DST is a mount point, or the directory above it cannot be
+    written, it is written inside DST, in convert-oss.partial, and moved up when it is whole, what completes it last. Run the
+    same command again to take up a conversion that was interrupted; where it is complete, and the source has not changed,
+    that says so and does nothing.
 
-    Example:
+    Examples:
 
+    \b
         convert-oss gpt-oss-20b gpt-oss-20b-orbax
+        convert-oss gpt-oss-20b-orbax served --to hf
+        convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b
     """
 
     def run() -> int:
@@ -68,7 +85,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
         if dry_run:
             from converter.preview import describe, preview
 
-            found = preview(src, dst, dtype, overwrite=overwrite, max_memory=memory)
+            found = preview(src, dst, **form, overwrite=overwrite, max_memory=memory)
             click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
             return 0
         from converter.conversion import convert
@@ -78,7 +95,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
         options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
         try:
             with progress_bar(quiet) as progress:
-                result = convert(src, dst, dtype, progress=progress, **options)
+                result = convert(src, dst, **form, progress=progress, **options)
         except KeyboardInterrupt:
             partial = Destination(dst).partial
             where = f" in {partial}" if partial.is_dir() else ""
@@ -94,7 +111,7 @@ def _convert_oss(src, destination, dtype, dry_run, overwrite, no_verify, process
 
 def _usable(src: str, destination: str) -> Path:
     """DST, by a name of its own (`.` has none). A place that cannot be used is found here, with all that is wrong with SRC."""
-    from oss_model.shards import Checkpoint
+    from converter.source import open_checkpoint
 
     dst = Path(destination)
     if dst.name in ("", ".."):
@@ -103,7 +120,7 @@ def _usable(src: str, destination: str) -> Path:
     faults = place_faults(dst) if dst.name else [root]
     if faults:
         try:
-            Checkpoint(src).shards.close()
+            open_checkpoint(src).close()
         except (InputError, OSError) as error:
             faults = [*ending(error)[1], *faults]
     raise_all(faults)
@@ -111,14 +128,22 @@ def _usable(src: str, destination: str) -> Path:
 
 
 def _say(result, verbose: bool) -> None:
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
     if result.status == "share-written":
         click.echo(f"{result.destination}: this process's share is written, the last process finishes", err=True)
     else:
         checked = ", verified" if result.verified else ""
         click.echo(f"{result.destination}: {result.status.replace('-', ' ')}, {result.tensors} tensors{checked}", err=True)
+    if result.quantization:
+        lost = f"{result.quantization['relative_rmse']:.4f} of the values (RMSE)"
+        click.echo(f"experts quantized to MXFP4 by {result.quantization['rule']}: lost {lost}", err=True)
+        for name, error in result.quantization["tensors"].items() if verbose else ():
+            click.echo(f"    {name}: {error:.4f}", err=True)
     if verbose:
+        form = result.dtype if result.to == "orbax" else result.to
         click.echo(
-            f"{result.source_layout} -> {result.dtype}: {result.chunks} chunks, {result.bytes_read:,} bytes read, "
+            f"{result.source_layout} -> {form}: {result.chunks} chunks, {result.bytes_read:,} bytes read, "
             f"{result.bytes_written:,} written, {result.seconds:.1f} s, peak memory {result.peak_rss_bytes >> 20} MiB",
             err=True,
         )

@@ -8,25 +8,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from converter.chunks import Reader
 from converter.destination import Destination
-from converter.ends import Sink, Source
 from converter.errors import Different, Incomplete
 from converter.finished import is_complete
+from converter.form import Form, make_form
+from converter.job import Job, open_job
 from converter.journal import Hashes, Journal
-from converter.manifest import fingerprint, make_manifest, read_finished
-from converter.plan import Chunk, Plan, make_plan
+from converter.manifest import make_manifest, read_finished
+from converter.plan import Chunk
 from converter.preflight import Needs, measure
 from converter.progress import Counter, Progress
-from converter.source import companions, open_source
-from converter.store import Store, load_orbax
+from converter.sinks import sink_of
+from converter.store import load_orbax
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer
 from converter.workspace import Workspace
-from oss_model.config import PARAM_DTYPES
 from oss_model.errors import InputError, meaning, system_error
 from oss_model.memory import peak_rss
-from oss_model.shards import Checkpoint
 
 
 @dataclasses.dataclass
@@ -47,29 +45,45 @@ class Result:
     seconds: float
     peak_rss_bytes: int
     verified: bool
+    to: str = "orbax"  # the form: "orbax", or a layout of safetensors
+    # Where experts' values became MXFP4: the rule, and the relative error (RMSE) of all of them and of each tensor.
+    quantization: dict | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)  # what whoever uses it should know
 
 
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     *,
+    to: str = "orbax",
+    quantizer: str | None = None,
+    like: str | os.PathLike | None = None,
+    merge: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
     overwrite: bool = False,
     verify: bool = True,
     max_memory: int | None = None,
     process: tuple[int, int] = (1, 1),
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Result:
-    """Convert the safetensors checkpoint `src` to an Orbax checkpoint at `dst`.
+    """Convert the checkpoint `src` to another form at `dst`: safetensors to Orbax, Orbax to safetensors, one layout to another.
 
     A conversion that was cut off, by whatever, is taken up by calling this again with the same arguments. One that is
     complete is left as it is, with status "already-complete", as long as the source has not changed since.
 
     Args:
-      src: a directory in one of the layouts of `oss_model.layouts`, recognised by content.
+      src: a directory of safetensors in one of the layouts of `oss_model.layouts`, or an Orbax checkpoint, ours or one that
+        training saved; recognised by content.
       dst: a new or empty directory, or with `overwrite` a finished checkpoint, which is replaced when the new one is
         whole.
-      dtype: how parameters are stored: "bfloat16", "float32", or "mxfp4" (experts packed, everything else bfloat16).
+      dtype: how parameters are stored: "bfloat16", "float32", or "mxfp4" (experts packed, everything else bfloat16). The
+        first that the form has if None. On the way to safetensors float32 is rounded to bfloat16 if need be.
+      to: "orbax", or a layout of safetensors: "hf" (MXFP4), "hf-bf16", "openai".
+      quantizer: the rule by which values become MXFP4 (`oss_model.quantization.RULES`); without one they never do.
+      like: a packed checkpoint: blocks whose values are the same there keep its bytes.
+      merge: a directory of LoRA updates (`oss_model.save_lora`), added to the weights in float32.
+      tokenizer: a directory whose tokenizer, template and generation_config.json are copied, instead of the source's.
       overwrite: also begins anew where an unfinished conversion of something else is in the way.
       verify: read back what was written and compare it with the source decoded anew.
       max_memory: resident bytes of this process, all in, at the most.
@@ -83,19 +97,16 @@ def convert(
       KeyboardInterrupt: after Ctrl-C, once the chunks under way are written; what is written is kept.
     """
     start = time.perf_counter()
-    if dtype not in PARAM_DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(PARAM_DTYPES)}, found {dtype!r}")
+    form = make_form(to, dtype, quantizer, Path(like) if like else None, Path(merge) if merge else None)
     if not 1 <= process[0] <= process[1]:
         raise InputError(f"process: expected I/N with I from 1 to N, found {process[0]}/{process[1]}")
     destination = Destination(dst)
-    checkpoint = open_source(src, dtype)
-    with checkpoint.shards, interruptible() as stop:
-        plan = make_plan(checkpoint, dtype)
+    with open_job(src, form, tokenizer) as job, interruptible() as stop:
+        source, plan = job.source, job.plan
         workspace = Workspace(destination.partial, process)
-        run = Run(checkpoint, plan, workspace, progress, stop)
-        before = fingerprint(checkpoint, dtype)
+        run = Run(job, workspace, progress, stop)
         try:
-            status, verified = run.to_its_end(destination, before, overwrite, verify, max_memory)
+            status, verified = run.to_its_end(destination, overwrite, verify, max_memory)
         except OSError as error:
             raise _incomplete(error, workspace) from error
         finally:
@@ -104,8 +115,8 @@ def convert(
         status=status,
         source=str(Path(src).resolve()),
         destination=str(Path(dst).resolve()),
-        source_layout=checkpoint.layout.name,
-        dtype=dtype,
+        source_layout=source.layout.name,
+        dtype=form.dtype,
         tensors=len(plan.targets),
         chunks=len(plan.chunks),
         bytes_read=run.bytes_read,
@@ -113,58 +124,57 @@ def convert(
         seconds=round(time.perf_counter() - start, 3),
         peak_rss_bytes=peak_rss(),
         verified=verified,
+        to=form.to,
+        quantization=quantization_of(destination.path, form) if any(t.parts[0].is_quantized for t in plan.targets) else None,
+        notes=job.notes,
     )
+
+
+def quantization_of(directory: Path, form: Form) -> dict | None:
+    """What a finished checkpoint lost where values became MXFP4; None where it is not finished yet."""
+    manifest = read_finished(directory)
+    if manifest is None:
+        return None
+    tensors = {name: entry["relative_rmse"] for name, entry in manifest["tensors"].items() if "relative_rmse" in entry}
+    return {"rule": form.quantizer, "relative_rmse": manifest.get("relative_rmse"), "tensors": tensors}
 
 
 class Run:
     """One process's work on one conversion."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        workspace: Workspace,
-        progress: Callable[[Progress], None],
-        stop: threading.Event,
-    ):
-        self.checkpoint, self.plan, self.workspace, self.stop = checkpoint, plan, workspace, stop
-        self.sink: Sink = Store(workspace.checkpoint)
+    def __init__(self, job: Job, workspace: Workspace, progress: Callable[[Progress], None], stop: threading.Event):
+        self.job, self.plan, self.workspace, self.stop = job, job.plan, workspace, stop
+        self.sink = sink_of(workspace.checkpoint, job.plan)
         self.needs = Needs(0, 0, 0, 1)
         self.bytes_read = self.bytes_written = self.kept = 0
         self._progress = progress
 
-    def to_its_end(
-        self, destination: Destination, before: dict, overwrite: bool, verify: bool, max_memory: int | None
-    ) -> tuple[str, bool]:
-        """Do all that is left to do. Returns the status, and whether the checkpoint was verified.
-
-        Args:
-          before: the fingerprint of the source as it is read.
-        """
+    def to_its_end(self, destination: Destination, overwrite: bool, verify: bool, max_memory: int | None) -> tuple[str, bool]:
+        """Do all that is left to do. Returns the status, and whether the checkpoint was verified."""
+        before, source = self.job.before, self.job.source
 
         def is_there() -> bool:
             """Whether there is nothing to do; another process may see to that at any time."""
             if overwrite:
                 return False
-            return is_complete(destination.path, self.checkpoint, self.plan, before, self._progress, self.stop)
+            return is_complete(destination.path, source, self.plan, before, self._progress, self.stop)
 
         if destination.take_up(self.workspace) and (read_finished(destination.path) or {}).get("fingerprint") == before:
             return "resumed", False
         if is_there():
             return "already-complete", False
-        source = self.checkpoint.directory
-        destination.check(source, overwrite)
+        destination.check(source.directory, overwrite)
         self.workspace.check()
         load_orbax()  # before memory is measured, for it is most of it
-        self.needs = measure(self.checkpoint, self.plan, self.workspace.checkpoint, max_memory)
+        self.needs = measure(source, self.plan, self.sink, self.workspace.checkpoint, max_memory)
         self.workspace.lock()
         if is_there():
             return "already-complete", False
-        destination.check(source, overwrite)
+        destination.check(source.directory, overwrite)
         self.workspace.begin(before, restart=overwrite)
         if self.stream():
-            self.finish(before, verify)
-            destination.check(source, overwrite)  # once more: that may have taken hours
+            self.finish(verify)
+            destination.check(source.directory, overwrite)  # once more: that may have taken hours
             destination.finish(self.workspace)
         if self.workspace.checkpoint.exists():  # neither this process has finished, nor another
             return "share-written", False
@@ -173,10 +183,11 @@ class Run:
     def stream(self) -> bool:
         """Write this process's share of the chunks that are not there yet. Returns whether it is to finish."""
         index, count = self.workspace.process
-        share = self.plan.chunks[index - 1 :: count]
+        units = self.plan.units[index - 1 :: count]
+        share = [chunk for unit in units for chunk in unit]
         whole = self._whole(share)
         self.kept = len(whole)
-        todo = [chunk for chunk in share if chunk.path not in whole]
+        todo = [left for unit in units if (left := tuple(chunk for chunk in unit if chunk.path not in whole))]
         if todo and not self.workspace.reopen_share():
             return False
         show = Counter("converting", share, self._progress)
@@ -187,42 +198,45 @@ class Run:
         self.sink.settle_names(share)
         return self.workspace.share_done()
 
-    def finish(self, before: dict, verify: bool) -> None:
+    def finish(self, verify: bool) -> None:
         """Write everything that is not a chunk, what makes the checkpoint complete last, and wait for the disk."""
         self._fill_gaps()
-        if fingerprint(self.checkpoint, self.plan.dtype) != before:
-            raise InputError(f"{self.checkpoint.directory}: changed while it was read; leave it alone and convert again")
-        directory, hashes = self.workspace.checkpoint, self.workspace.journaled()
-        self.sink.describe(self.plan, companions(self.checkpoint.directory))
+        job, directory, hashes = self.job, self.workspace.checkpoint, self.workspace.journaled()
+        if job.fingerprint() != job.before:
+            raise InputError(f"{job.source.directory}: changed while it was read; leave it alone and convert again")
+        self.sink.describe(self.plan, job.companions, job.config)
         if verify:
             self._verify(hashes)
-        self.sink.complete(self.plan, lambda: make_manifest(self.checkpoint, self.plan, hashes, directory))
+        self.sink.complete(self.plan, lambda: make_manifest(job.source, job.before, self.plan, hashes, directory))
 
     def _fill_gaps(self) -> None:
         """Write what is missing of any share, although it was called done: a power loss, or a hand, may have taken it."""
         hashes = self.workspace.journaled()
         gaps = [chunk for chunk in self.plan.chunks if chunk.path not in hashes or not self.sink.is_whole(chunk)]
-        self._write(gaps, Counter("converting", gaps, self._progress))
+        self._write([(chunk,) for chunk in gaps], Counter("converting", gaps, self._progress))
 
-    def _write(self, chunks: list[Chunk], show: Counter) -> None:
+    def _write(self, units: list[tuple[Chunk, ...]], show: Counter) -> None:
         with contextlib.closing(self.workspace.journal()) as journal:
-            for chunk, nbytes in in_threads(lambda: self._writer(journal), chunks, self.needs.workers, self.stop):
-                # Here, while the threads go on: the disk has been at work on these pages since they were written.
-                self.sink.settle(chunk)
+            for unit, nbytes in in_threads(lambda: self._writer(journal), units, self.needs.workers, self.stop):
                 self.bytes_read += nbytes
-                self.bytes_written += chunk.nbytes
-                show.add(chunk)
+                for chunk in unit:
+                    # Here, while the threads go on: the disk has been at work on these pages since they were written.
+                    self.sink.settle(chunk)
+                    self.bytes_written += chunk.nbytes
+                    show.add(chunk)
             journal.sync()
         stop_here(self.stop)
 
-    def _writer(self, journal: Journal) -> Callable[[Chunk], tuple[Chunk, int]]:
-        reader: Source = Reader(self.checkpoint)
+    def _writer(self, journal: Journal) -> Callable[[tuple[Chunk, ...]], tuple[tuple[Chunk, ...], int]]:
+        reader = self.job.reader()
 
-        def write(chunk: Chunk) -> tuple[Chunk, int]:
-            before, pieces = reader.bytes_read, reader.pieces(chunk)
-            stored = self.sink.write_chunk(chunk, pieces)
-            journal.add(chunk.path, Hashes(stored, pieces.digests))
-            return chunk, reader.bytes_read - before
+        def write(unit: tuple[Chunk, ...]) -> tuple[tuple[Chunk, ...], int]:
+            before = reader.bytes_read
+            for chunk in unit:
+                pieces = reader.pieces(chunk)
+                stored = self.sink.write_chunk(chunk, pieces)
+                journal.add(chunk.path, Hashes(stored, pieces.digests, pieces.lost))
+            return unit, reader.bytes_read - before
 
         return write
 
@@ -253,24 +267,28 @@ class Run:
 
     def _verify(self, hashes: dict[str, Hashes]) -> None:
         def checker():
-            reader, buffer = Reader(self.checkpoint), check_buffer()
+            reader, buffer = self.job.reader(), check_buffer()
 
-            def check(chunk: Chunk) -> tuple[Chunk, str | None]:
+            def check(unit: tuple[Chunk, ...]) -> list[tuple[Chunk, str | None]]:
+                return [(chunk, check_one(chunk)) for chunk in unit]
+
+            def check_one(chunk: Chunk) -> str | None:
                 digest, line = self.sink.check(chunk, reader.pieces(chunk), buffer)
                 if line is None and digest != hashes[chunk.path].stored:
-                    line = (
+                    return (
                         f"{self.workspace.checkpoint}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
                     )
-                return chunk, line
+                return line
 
             return check
 
         show, wrong = Counter("verifying", self.plan.chunks, self._progress), []
-        for chunk, line in in_threads(checker, self.plan.chunks, self.needs.workers, self.stop):
-            if line:
-                wrong.append((chunk, line))
-                self.sink.discard(chunk)
-            show.add(chunk)
+        for unit in in_threads(checker, self.plan.units, self.needs.workers, self.stop):
+            for chunk, line in unit:
+                if line:
+                    wrong.append((chunk, line))
+                    self.sink.discard(chunk)
+                show.add(chunk)
         stop_here(self.stop)
         if wrong:
             raise Different(a_line_a_tensor(self.workspace.checkpoint, wrong))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from converter.manifest import known_files, manifest_hash, read_finished
 from converter.places import can_be_renamed, exchange
+from converter.shard_store import CONFIG
 from converter.store import MANIFEST, METADATA
 from converter.workspace import Workspace
 from oss_model.errors import InputError, raise_all
@@ -212,6 +213,6 @@ class Destination:
         return {INSIDE, "lost+found"} if self.is_inside else set()
 
 
-def _completeness(name: str) -> tuple[bool, bool, str]:
+def _completeness(name: str) -> tuple[bool, bool, bool, str]:
     """Sorts the names in a checkpoint: what makes it complete comes last."""
-    return name == MANIFEST, name in METADATA, name
+    return name == MANIFEST, name in METADATA, name == CONFIG, name

@@ -5,27 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converter.chunks import Reader
-from converter.manifest import FORMAT, file_hash, read_finished, stored_target, tree_hash
+from converter.ends import Sink, Source
+from converter.manifest import FORMAT, file_hash, read_finished, said_of, stored_target, tree_hash
 from converter.plan import Chunk, Plan, Target
 from converter.progress import Counter, Progress
-from converter.source import companions
-from converter.store import MANIFEST, Store
+from converter.sinks import sink_of
+from converter.source import companions, where
+from converter.store import MANIFEST
 from converter.threads import in_threads, stop_here
 from oss_model.errors import raise_all
-from oss_model.shards import Checkpoint
 
 REPLACE = "give another name, or --overwrite to replace it when the new one is whole"
 
 
 def is_complete(
     directory: Path,
-    checkpoint: Checkpoint,
+    source: Source,
     plan: Plan,
     fingerprint: dict,
     progress: Callable[[Progress], None],
     stop: threading.Event,
 ) -> bool:
-    """Whether `directory` holds what converting `checkpoint` by `plan` would write, every chunk in its place.
+    """Whether `directory` holds what converting `source` by `plan` would write, every chunk in its place.
 
     The source is taken for the same where names, sizes and times are those in the manifest. Where only times differ, as
     after a copy, its tensors are hashed.
@@ -45,7 +46,7 @@ def is_complete(
     touched = {name for name in now if now[name] != then[name]}
     faults = _missing(directory, manifest, plan)
     if touched:
-        faults += _changed(directory, manifest, checkpoint, plan, touched, progress, stop)
+        faults += _changed(directory, manifest, source, plan, touched, progress, stop)
     raise_all(faults)
     return True
 
@@ -57,18 +58,19 @@ def _was_asked_for(manifest: dict, plan: Plan, fingerprint: dict) -> bool:
     targets = tuple(stored_target(name, entry) for name, entry in manifest["tensors"].items())
     return (
         manifest["format"] == FORMAT
-        and all(found[key] == fingerprint[key] for key in ("layout", "dtype"))
+        and all(found.get(key) == fingerprint.get(key) for key in ("layout", "dtype", "form"))
         and sizes == wanted
         and targets == tuple(target.without_sources() for target in plan.targets)
     )
 
 
 def _missing(directory: Path, manifest: dict, plan: Plan) -> list[str]:
-    store, again = Store(directory), f"copy it again, or {REPLACE}"
+    sink: Sink = sink_of(directory, plan)
+    again = f"copy it again, or {REPLACE}"
     lines = [
         f"{directory}: {chunk.target.name}: {chunk.path}: missing, or not whole; {again}"
         for chunk in plan.chunks
-        if not store.is_whole(chunk)
+        if not sink.is_whole(chunk)
     ]
     for name, expected in manifest["files"].items():
         path = directory / name
@@ -80,7 +82,7 @@ def _missing(directory: Path, manifest: dict, plan: Plan) -> list[str]:
 def _changed(
     directory: Path,
     manifest: dict,
-    checkpoint: Checkpoint,
+    source: Source,
     plan: Plan,
     touched: set[str],
     progress: Callable[[Progress], None],
@@ -90,27 +92,31 @@ def _changed(
     line = f"{{}}: differs from what {directory} was converted from; {REPLACE}"
     lines = [
         line.format(file)
-        for file in companions(checkpoint.directory)
-        if file.name in touched and file_hash(file.read_bytes()) != manifest["files"].get(file.name)
+        for file in companions(source)
+        if file.name in manifest["files"]  # of an export, config.json is made anew
+        if said_of(source, file) in touched and file_hash(file.read_bytes()) != manifest["files"][file.name]
     ]
-    tensors = checkpoint.shards.tensors
-    targets = [t for t in plan.targets if any(tensors[entry.checkpoint].file.name in touched for entry in t.sources)]
-    digests = _digests(checkpoint, targets, progress, stop)
+
+    def is_touched(target: Target) -> bool:
+        return any(said_of(source, file) in touched for entry in target.sources for file in source.files_of(entry))
+
+    targets = [target for target in plan.targets if is_touched(target)]
+    digests = _digests(source, targets, progress, stop)
     for target in targets:
         for number, (entry, then) in enumerate(zip(target.sources, manifest["tensors"][target.name]["sources"], strict=True)):
             found = tree_hash(digests[chunk.path][number] for chunk in target.chunks())
             if {"name": entry.checkpoint, "hash": found} != then:
-                lines.append(line.format(f"{tensors[entry.checkpoint].file}: {entry.checkpoint}"))
+                lines.append(line.format(where(source, entry)))
     return sorted(set(lines))  # one tensor of the source may be the source of several
 
 
 def _digests(
-    checkpoint: Checkpoint, targets: list[Target], progress: Callable[[Progress], None], stop: threading.Event
+    source: Source, targets: list[Target], progress: Callable[[Progress], None], stop: threading.Event
 ) -> dict[str, tuple[bytes, ...]]:
     """Path of each chunk of `targets` -> xxh3_128 of what is read for it, one a source."""
 
     def hasher():
-        reader = Reader(checkpoint)
+        reader = Reader(source)
 
         def digest(chunk: Chunk) -> tuple[Chunk, tuple[bytes, ...]]:
             return chunk, reader.pieces(chunk).read_only()

@@ -18,10 +18,11 @@ SYNC_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Hashes:
-    """Of one chunk: xxh3_128 digests."""
+    """Of one chunk: xxh3_128 digests, and what was lost in it."""
 
     stored: bytes  # of the values on disk, without the checksum
     read: tuple[bytes, ...]  # of what was read for it, one a source tensor
+    lost: tuple[float, float] | None = None  # squared error and squares of the values, where these became MXFP4
 
 
 class Journal:
@@ -34,7 +35,8 @@ class Journal:
 
     def add(self, chunk: str, hashes: Hashes) -> None:
         """Note that the file `chunk` is written. Any thread may call this."""
-        line = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
+        line: dict = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
+        line |= {"lost": hashes.lost} if hashes.lost else {}
         data = b"\n" + json.dumps(line).encode() + b"\n"  # the first ends a line that was cut short
         with self._lock:
             write_all(self._fd, data)
@@ -59,8 +61,9 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Hashes]:
         for line in path.read_bytes().split(b"\n"):
             try:
                 data = json.loads(line)
-                hashes = Hashes(bytes.fromhex(data["stored"]), tuple(bytes.fromhex(digest) for digest in data["read"]))
-                found[str(data["chunk"])] = hashes
+                read = tuple(bytes.fromhex(digest) for digest in data["read"])
+                lost = data.get("lost")
+                found[str(data["chunk"])] = Hashes(bytes.fromhex(data["stored"]), read, tuple(lost) if lost else None)
             except (ValueError, KeyError, TypeError):
                 continue
     return found

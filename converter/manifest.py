@@ -4,41 +4,58 @@ With it a copy can be verified years later, with or without the source. docs/con
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from converter.ends import Source
+from converter.form import Form, noted_form
 from converter.journal import Hashes
-from converter.plan import Plan, Target
-from converter.source import companions
+from converter.plan import Place, Plan, Target
+from converter.shard_store import CONFIG, DISCARDED
+from converter.source import companions, home
 from converter.store import MANIFEST, METADATA
 from oss_model.layouts import BFLOAT16
-from oss_model.shards import Checkpoint
 
 FORMAT = 1  # of conversion.json
 GRID = 2  # of how tensors are cut into chunks: an unfinished conversion with another one is not taken up
 HASH = "xxh3_128"
 
 
-def fingerprint(checkpoint: Checkpoint, dtype: str) -> dict:
-    """What an unfinished conversion must agree in to be taken up: source, dtype, version."""
-    files = sorted({tensor.file for tensor in checkpoint.shards.tensors.values()} | set(companions(checkpoint.directory)))
-    return {
-        "source": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
-        "layout": checkpoint.layout.name,
-        "dtype": dtype,
+def fingerprint(source: Source, form: Form, others: Sequence[Path] = ()) -> dict:
+    """What an unfinished conversion must agree in to be taken up: source, form, version.
+
+    Args:
+      others: files that the result depends on besides the source's own: a base's.
+    """
+    files = sorted({*source.files, *companions(source), *others})
+    found = {
+        "source": {said_of(source, file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "layout": source.layout.name,
+        "dtype": form.dtype,
         "version": [version("convert-oss"), FORMAT, GRID],
     }
+    return found | ({"form": note} if (note := form.note()) else {})
 
 
-def make_manifest(checkpoint: Checkpoint, plan: Plan, hashes: Mapping[str, Hashes], directory: Path) -> bytes:
+def said_of(source: Source, file: Path) -> str:
+    """How the fingerprint calls a file: within the source's directory, wherever that is."""
+    for directory in (source.directory, home(source)):
+        if file.is_relative_to(directory):
+            return file.relative_to(directory).as_posix()
+    return str(file)
+
+
+def make_manifest(source: Source, before: dict, plan: Plan, hashes: Mapping[str, Hashes], directory: Path) -> bytes:
     """The text of conversion.json.
 
     Args:
+      before: the fingerprint of the source.
       hashes: of every chunk, by path.
       directory: where everything else that is in the checkpoint is already.
     """
@@ -55,25 +72,45 @@ def make_manifest(checkpoint: Checkpoint, plan: Plan, hashes: Mapping[str, Hashe
                 for number, entry in enumerate(target.sources)
             ],
         }
+        if target.place:
+            tensors[target.name]["place"] = list(target.place)
+        if (lost := relative_error(of_chunks)) is not None:
+            tensors[target.name]["relative_rmse"] = lost
     data = {
         "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "source": {"path": str(checkpoint.directory.resolve()), "layout": checkpoint.layout.name},
-        "dtype": plan.dtype,
+        "source": {"path": str(source.directory.resolve()), "layout": source.layout.name},
+        "dtype": plan.form.dtype,
         "versions": {name: version(name) for name in ("convert-oss", "orbax-checkpoint", "numpy")},
-        "fingerprint": fingerprint(checkpoint, plan.dtype),
+        "fingerprint": before,
         "hash": HASH,
         "tensors": tensors,
         "files": {name: file_hash((directory / name).read_bytes()) for name in other_files(directory, plan)},
     }
+    if (lost := relative_error(hashes[chunk.path] for chunk in plan.chunks)) is not None:
+        data["relative_rmse"] = lost
+    if note := plan.form.note():
+        data["form"] = note
+    if shards := plan.shards():
+        data["shards"] = {file: file_hash(header) for file, (header, _) in shards.items()}  # of what comes before the tensors
     data["self"] = _self_hash(data)
     return _text(data)
 
 
 def other_files(directory: Path, plan: Plan) -> list[str]:
     """Everything in the checkpoint but the chunks and conversion.json: relative paths."""
-    top = [path.name for path in directory.iterdir() if path.is_file() and path.name != MANIFEST]
-    return sorted(top) + [f"{target.directory}/zarr.json" for target in plan.targets]
+    tensors = {MANIFEST, DISCARDED, *plan.shards()}
+    top = [path.name for path in directory.iterdir() if path.is_file() and path.name not in tensors]
+    return sorted(top) + [f"{target.directory}/zarr.json" for target in plan.targets if not target.place]
+
+
+def relative_error(hashes: Iterable[Hashes]) -> float | None:
+    """Of values that became MXFP4: the root of the squared error over the values' squares."""
+    lost = [found.lost for found in hashes if found.lost is not None]
+    if not lost:
+        return None
+    error, square = (sum(part) for part in zip(*lost, strict=True))
+    return math.sqrt(error / square) if square else 0.0
 
 
 def read_manifest(directory: Path) -> dict | None:
@@ -88,7 +125,9 @@ def read_manifest(directory: Path) -> dict | None:
 
 def read_finished(directory: Path) -> dict | None:
     """The manifest of a checkpoint that this package has finished; None where there is no such checkpoint."""
-    return read_manifest(directory) if all((directory / name).is_file() for name in METADATA) else None
+    manifest = read_manifest(directory)
+    needed = METADATA if manifest is None or noted_form(manifest).to == "orbax" else (CONFIG, *manifest["shards"])
+    return manifest if all((directory / name).is_file() for name in needed) else None
 
 
 def manifest_hash(directory: Path) -> str | None:
@@ -98,14 +137,16 @@ def manifest_hash(directory: Path) -> str | None:
 
 def known_files(manifest: dict) -> set[str]:
     """Every file of the checkpoint, conversion.json included: relative paths."""
-    chunks = (chunk.path for name, entry in manifest["tensors"].items() for chunk in stored_target(name, entry).chunks())
-    return {MANIFEST, *manifest["files"], *chunks}
+    targets = [stored_target(name, entry) for name, entry in manifest["tensors"].items()]
+    chunks = (chunk.path for target in targets if not target.place for chunk in target.chunks())
+    return {MANIFEST, *manifest["files"], *manifest.get("shards", ()), *chunks}
 
 
 def stored_target(name: str, entry: dict) -> Target:
     """A tensor of the manifest, without its sources."""
     dtype = BFLOAT16 if entry["dtype"] == "bfloat16" else np.dtype(entry["dtype"])
-    return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], ())
+    place = Place(*entry["place"]) if "place" in entry else None
+    return Target(name, tuple(entry["shape"]), dtype, entry["chunk_rows"], (), place)
 
 
 def tree_hash(digests) -> str:

@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 
 from converter.chunks import PIECE_BYTES, Reader
+from converter.ends import Sink, Source
 from converter.plan import Chunk, Plan, Target
-from converter.store import Store
 from converter.threads import WORKERS
 from oss_model.errors import InputError
 from oss_model.memory import rss
-from oss_model.shards import Checkpoint
 
 SLACK_BYTES = 48 << 20  # what allocators and libraries keep, measured on 20b and 120b sizes
 FILE_BYTES = 4096  # that a small file or a directory takes on the disk
@@ -29,21 +28,24 @@ class Needs:
     workers: int
 
 
-def reader_bytes(target: Target) -> int:
+def reader_bytes(target: Target, source: Source | None = None) -> int:
     """What a `Reader` holds for a chunk of `target`: what is read at a time, and pieces of output."""
     row = target.shape[-1] * target.dtype.itemsize
     total = 6 * max(PIECE_BYTES, row)  # decoded, contiguous, stored, and what decoding takes
-    for entry in target.sources:
-        count, *rest = entry.checkpoint_shape
-        nbytes = math.prod(rest) * (1 if entry.packed else 4)  # of a row; float32 at the most
-        if len(target.sources) == 1 and entry.keeps_order:
-            total += max(4 * PIECE_BYTES, nbytes)
-        else:
-            total += nbytes * (count if target.rows == target.shape[0] else target.rows)
+    for part in target.parts:
+        rows = target.rows if len(target.parts) == 1 else part.to.model_shape[0]
+        for entry in part.sources:
+            nbytes = math.prod(entry.model_shape[1:]) * (1 if entry.packed else 4)  # of a row; float32 at the most
+            whole = nbytes * min(rows, entry.model_shape[0])
+            # What is read whole; and, of what is quantized or transposed, what is made of it
+            together = nbytes * (source.together(entry) if source else 1)
+            total += max(4 * PIECE_BYTES, together) if part.keeps_order else whole * (3 if part.is_quantized else 1)
+        if not part.is_quantized and part.to.order[-1] != part.sources[0].order[-1] and not part.to.packed:
+            total += 2 * math.prod(part.to.model_shape[1:]) * 4 * min(rows, part.to.model_shape[0])
     return total
 
 
-def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int | None) -> Needs:
+def measure(source: Source, plan: Plan, sink: Sink, directory: Path, max_memory: int | None) -> Needs:
     """
     Args:
       directory: where chunks are written; it need not exist.
@@ -53,7 +55,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
       InputError: if the disk has too little room, or `max_memory` is too small for a single thread.
     """
     base = rss() + SLACK_BYTES
-    each = max(reader_bytes(target) for target in plan.targets)
+    each = max(reader_bytes(target, source) for target in plan.targets)
     workers = WORKERS
     if max_memory is not None:
         if base + each > max_memory:
@@ -61,9 +63,7 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
             raise InputError(f"--max-memory: expected at least {least}M for this checkpoint, found {max_memory >> 20}M")
         workers = min(WORKERS, (max_memory - base) // each)
     files = len(plan.chunks) * 4 + len(plan.targets) * 3  # directories and zarr.json
-    store = Store(directory)
-    present = sum(chunk.nbytes for chunk in plan.chunks if store.is_whole(chunk))
-    needed = plan.nbytes - present + files * FILE_BYTES
+    needed = plan.nbytes - sink.present(plan.chunks) + files * FILE_BYTES
     free = free_space(directory)
     if needed > free:
         raise InputError(
@@ -73,16 +73,16 @@ def measure(checkpoint: Checkpoint, plan: Plan, directory: Path, max_memory: int
     return Needs(needed, free, base + workers * each, workers)
 
 
-def estimate_seconds(checkpoint: Checkpoint, plan: Plan, workers: int) -> float:
+def estimate_seconds(source: Source, plan: Plan, workers: int) -> float:
     """How long converting will take: the slower of converting, by a sample, and a disk that writes DISK_RATE."""
     sample = max((target.chunks()[0] for target in plan.targets), key=lambda chunk: chunk.nbytes)
-    rate = max(_rate(checkpoint, sample) for _ in range(2))  # the first pays for fresh memory
+    rate = max(_rate(source, plan, sample) for _ in range(2))  # the first pays for fresh memory
     return plan.nbytes / min(rate * workers, DISK_RATE)
 
 
-def _rate(checkpoint: Checkpoint, chunk: Chunk) -> float:
+def _rate(source: Source, plan: Plan, chunk: Chunk) -> float:
     """Bytes a second of one thread, without writing."""
-    reader, start = Reader(checkpoint), time.perf_counter()
+    reader, start = Reader(source, plan.form.quantizer), time.perf_counter()
     for _ in reader.pieces(chunk):
         pass
     return chunk.nbytes / (time.perf_counter() - start)

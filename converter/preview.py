@@ -3,13 +3,15 @@
 import dataclasses
 import os
 import threading
+from pathlib import Path
 
 from converter.destination import Destination
 from converter.finished import is_complete
-from converter.manifest import fingerprint
-from converter.plan import Plan, Target, make_plan
+from converter.form import make_form
+from converter.job import open_job
+from converter.plan import Plan, Target
 from converter.preflight import DISK_RATE, Needs, estimate_seconds, free_space, measure
-from converter.source import open_source
+from converter.sinks import sink_of
 from converter.store import load_orbax
 from converter.workspace import Workspace
 from oss_model.errors import InputError
@@ -32,13 +34,20 @@ class Preview:
     memory: int  # resident bytes at the most
     seconds: float  # an estimate
     plan: list[dict]  # a tensor: from, pattern, to, shape, dtype, chunks, bytes
+    to: str = "orbax"
+    notes: list[str] = dataclasses.field(default_factory=list)  # what whoever uses it should know
 
 
 def preview(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     *,
+    to: str = "orbax",
+    quantizer: str | None = None,
+    like: str | os.PathLike | None = None,
+    merge: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
     overwrite: bool = False,
     max_memory: int | None = None,
 ) -> Preview:
@@ -48,39 +57,41 @@ def preview(
       InputError: as `convert` does.
     """
     destination = Destination(dst)
-    checkpoint = open_source(src, dtype)
-    with checkpoint.shards:
-        plan = make_plan(checkpoint, dtype)
+    form = make_form(to, dtype, quantizer, Path(like) if like else None, Path(merge) if merge else None)
+    with open_job(src, form, tokenizer) as job:
+        source, plan = job.source, job.plan
         workspace = Workspace(destination.partial)
         if destination.is_under_way(workspace):
             raise InputError(
                 f"{workspace.directory}: expected no conversion that is being put in its place, found one that was cut off; "
                 "convert-oss without --dry-run ends that first"
             )
-        before, done = fingerprint(checkpoint, dtype), False
+        done = False
         if not overwrite:
-            done = is_complete(destination.path, checkpoint, plan, before, lambda progress: None, threading.Event())
+            done = is_complete(destination.path, source, plan, job.before, lambda progress: None, threading.Event())
         if done:
             needs = Needs(0, free_space(destination.path), 0, 1)
         else:
-            destination.check(checkpoint.directory, overwrite)
+            destination.check(source.directory, overwrite)
             workspace.check()
             load_orbax()
-            needs = measure(checkpoint, plan, workspace.checkpoint, max_memory)
+            needs = measure(source, plan, sink_of(workspace.checkpoint, plan), workspace.checkpoint, max_memory)
         return Preview(
             status="already-complete" if done else "planned",
-            source_layout=checkpoint.layout.name,
-            dtype=dtype,
+            source_layout=source.layout.name,
+            dtype=form.dtype,
             tensors=len(plan.targets),
             chunks=len(plan.chunks),
-            bytes_read=0 if done else sum(tensor.nbytes for tensor in checkpoint.shards.tensors.values()),
+            bytes_read=0 if done else job.read_nbytes,
             bytes_written=0 if done else plan.nbytes,
             work_directory=str(workspace.directory.resolve()),
             space_needed=needs.space_needed,
             space_free=needs.space_free,
             memory=needs.memory,
-            seconds=0.0 if done else round(estimate_seconds(checkpoint, plan, needs.workers), 1),
+            seconds=0.0 if done else round(estimate_seconds(source, plan, needs.workers), 1),
             plan=_rows(plan),
+            to=form.to,
+            notes=job.notes,
         )
 
 
@@ -89,10 +100,11 @@ def describe(found: Preview) -> str:
     lines = []
     for row in found.plan:
         lines.append(f"{' + '.join(row['from'])}")
-        how = f"decoded, {row['pattern']}" if len(row["from"]) > 1 else row["pattern"]
+        how = f"{row['how']}, {row['pattern']}" if row["how"] else row["pattern"]
         size = f"{row['dtype']} {row['shape']}, {row['chunks']} chunks, {row['bytes']:,} bytes"
         lines += [f"    {how}", f"    -> {row['to']}: {size}"]
-    lines += ["", f"{found.source_layout} -> {found.dtype}: {found.tensors} tensors in {found.chunks} chunks"]
+    form = found.dtype if found.to == "orbax" else found.to
+    lines += ["", f"{found.source_layout} -> {form}: {found.tensors} tensors in {found.chunks} chunks"]
     if found.status == "already-complete":
         return "\n".join([*lines, "already complete: there is nothing to do"])
     lines += [
@@ -101,6 +113,7 @@ def describe(found: Preview) -> str:
         f"needs {found.space_needed:,} bytes of disk, {found.space_free:,} are free",
         f"takes up to {found.memory >> 20} MiB of memory",
         f"takes about {found.seconds:.0f} s where the disk writes {DISK_RATE / 1e9:.0f} GB/s, without verification",
+        *(f"note: {note}" for note in found.notes),
     ]
     return "\n".join(lines)
 
@@ -110,9 +123,13 @@ def _rows(plan: Plan) -> list[dict]:
 
 
 def _row(target: Target) -> dict:
+    first = next(part for part in target.parts)
+    source = next(entry for entry in first.sources)
+    to = first.to.pattern.split(" -> ")[0]
     return {
         "from": [entry.checkpoint for entry in target.sources],
-        "pattern": target.sources[0].pattern,
+        "how": "quantized" if first.is_quantized else "decoded" if len(first.sources) > 1 else "",
+        "pattern": source.pattern if not target.place else f"{' '.join(source.order)} -> {to}",
         "to": target.name,
         "shape": list(target.shape),
         "dtype": target.dtype.name,

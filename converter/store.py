@@ -77,6 +77,9 @@ class Store:
         """Whether the chunk's file is there, in its full length."""
         return file_size(self.directory / chunk.path) == chunk.nbytes
 
+    def present(self, chunks: Iterable[Chunk]) -> int:
+        return sum(chunk.nbytes for chunk in chunks if self.is_whole(chunk))
+
     def settle(self, chunk: Chunk) -> None:
         """Wait until the disk has what is in the chunk's file."""
         sync(self.directory / chunk.path)
@@ -96,24 +99,31 @@ class Store:
     def discard(self, chunk: Chunk) -> None:
         (self.directory / chunk.path).unlink(missing_ok=True)
 
-    def describe(self, plan: Plan, companions: Iterable[Path]) -> None:
+    def describe(self, plan: Plan, companions: Iterable[Path], config: bytes | None) -> None:
         """Each array's zarr.json, and files of the source that belong beside a model."""
         for target in plan.targets:
             self.write_array(target)
-        for file in companions:
-            shutil.copyfile(file, self.directory / file.name)
+        copy_companions(companions, self.directory)
+        if config is not None:
+            write_file(self.directory / "config.json", config)
 
     def complete(self, plan: Plan, manifest: Callable[[], bytes]) -> None:
         self.write_metadata(plan.targets)
         write_file(self.directory / MANIFEST, manifest())
-        self.sync_tree()
+        sync_small(self.directory)
 
-    def sync_tree(self) -> None:
-        """Wait until all directories, and all files but the chunks, are on the disk. Chunks are synced one by one."""
-        for directory, _, files in os.walk(self.directory, topdown=False):
-            for name in files if "c" not in Path(directory).relative_to(self.directory).parts else ():
-                sync(Path(directory) / name)
-            sync(Path(directory))
+
+def copy_companions(files: Iterable[Path], directory: Path) -> None:
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def sync_small(root: Path) -> None:
+    """Wait until all directories, and all files but the chunks, are on the disk. Chunks are synced one by one."""
+    for directory, _, files in os.walk(root, topdown=False):
+        for name in files if "c" not in Path(directory).relative_to(root).parts else ():
+            sync(Path(directory) / name)
+        sync(Path(directory))
 
 
 def load_orbax() -> None:

@@ -237,7 +237,7 @@ class Workspace:
         """What state.json says; None if it is missing, was cut short before anything else was written, or is not ours."""
         try:
             state = json.loads(self._read("state.json"))
-            ours = state["fingerprint"].keys() == {"source", "layout", "dtype", "version"} and state["processes"] >= 1
+            ours = state["fingerprint"].keys() >= {"source", "layout", "dtype", "version"} and state["processes"] >= 1
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return state if ours else None

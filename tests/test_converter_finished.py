@@ -173,14 +173,15 @@ def test_another_process_may_finish_while_this_one_begins(source, out, tmp_path,
 def test_what_is_hashed_is_what_was_read(sources):
     """`Pieces.read_only` gives the digests that converting gives, chunk by chunk."""
     from converter.chunks import Reader
+    from converter.form import Form
     from converter.plan import make_plan
 
     for layout in sources:
         checkpoint = Checkpoint(sources[layout])
         with checkpoint.shards:
-            assert fingerprint(checkpoint, "bfloat16")["layout"] == layout
+            assert fingerprint(checkpoint, Form())["layout"] == layout
             reader = Reader(checkpoint)
-            for chunk in make_plan(checkpoint, "bfloat16").chunks:
+            for chunk in make_plan(checkpoint, Form()).chunks:
                 pieces = reader.pieces(chunk)
                 for _ in pieces:
                     pass

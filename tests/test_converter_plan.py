@@ -15,8 +15,10 @@ import pytest
 from converter import convert, preflight
 from converter.chunks import PIECE_BYTES, runs
 from converter.cli import main
+from converter.form import Form
 from converter.plan import make_plan
 from converter.preview import preview
+from converter.store import Store
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError
@@ -38,21 +40,21 @@ def test_runs_walk_in_c_order(shape):
 def test_the_published_models_are_cut_into_chunks_of_good_size(layers, make, dtype):
     cfg = make()
     checkpoint = SimpleNamespace(entries=lambda: layouts.entries(layouts.HF_MXFP4, cfg), layout=layouts.HF_MXFP4, cfg=cfg)
-    found = make_plan(checkpoint, dtype)  # type: ignore[arg-type]
+    found = make_plan(checkpoint, Form(dtype=dtype))  # type: ignore[arg-type]
     wanted = layouts.parameters(dataclasses.replace(cfg, param_dtype=dtype))
     assert {target.name: (target.shape, target.dtype) for target in found.targets} == wanted
     for target in found.targets:
         part = target.name.split(".")[-2]
         if part in ("gate_up", "down") and not target.name.endswith("bias"):
-            assert target.chunk_shape == (1, *target.shape[1:])
+            assert target.rows == 1
         elif part in ("embedding", "lm_head"):
             assert target.shape[0] % target.rows == 0
-            assert 16 << 20 <= target.chunk_nbytes <= 48 << 20
+            assert 16 << 20 <= target.chunks()[0].values_nbytes <= 48 << 20
         elif part in ("q_proj", "o_proj") and target.name.endswith("weight"):
-            assert target.chunk_shape == (target.shape[0] // 8, *target.shape[1:])
+            assert target.rows == target.shape[0] // 8
         else:
-            assert target.chunk_shape == target.shape
-            assert target.chunk_nbytes <= 8 << 20
+            assert target.rows == target.shape[0]
+            assert target.chunks()[0].values_nbytes <= 8 << 20
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf-bf16", "openai"])
@@ -88,7 +90,7 @@ def test_too_little_space_is_found_before_the_first_byte(sources, tmp_path, monk
     with pytest.raises(InputError) as caught:
         convert(sources["hf"], tmp_path / "out")
     needed = int(str(caught.value).split("expected ")[1].split(" bytes")[0].replace(",", ""))
-    assert needed > make_plan(Checkpoint(sources["hf"]), "bfloat16").nbytes
+    assert needed > make_plan(Checkpoint(sources["hf"]), Form()).nbytes
     assert str(caught.value) == (
         f"{tmp_path}: expected {needed:,} bytes of free space, found 4,096,000; "
         f"make room for {needed - 4_096_000:,} more, or give another disk"
@@ -114,12 +116,12 @@ def test_max_memory_is_kept_at_the_least_that_works(sources, tmp_path):
 
 def test_max_memory_takes_threads_away(sources, tmp_path, monkeypatch):
     checkpoint = Checkpoint(sources["hf"])
-    planned = make_plan(checkpoint, "bfloat16")
-    each = max(preflight.reader_bytes(target) for target in planned.targets)
+    planned = make_plan(checkpoint, Form())
+    each = max(preflight.reader_bytes(target, checkpoint) for target in planned.targets)
     monkeypatch.setattr(preflight, "rss", lambda: 100 << 20)
     base = (100 << 20) + preflight.SLACK_BYTES
     for room, workers in ((1, 1), (1.9, 1), (2, 2), (50, preflight.WORKERS)):
-        assert preflight.measure(checkpoint, planned, tmp_path, base + int(each * room)).workers == workers
+        assert preflight.measure(checkpoint, planned, Store(tmp_path), tmp_path, base + int(each * room)).workers == workers
 
 
 @pytest.mark.parametrize("bad", [" ", "lots", "2X", "-1G"])
@@ -147,6 +149,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(sources, tmp_path, capsys):
     rows = {row["to"]: row for row in found["plan"]}
     assert rows["layers.0.mlp.gate_up.weight"] == {
         "from": ["model.layers.0.mlp.experts.gate_up_proj_blocks", "model.layers.0.mlp.experts.gate_up_proj_scales"],
+        "how": "decoded",
         "pattern": "experts (inner glu) hidden_groups bytes -> experts glu inner hidden_groups bytes",
         "to": "layers.0.mlp.gate_up.weight",
         "shape": [9, 2, 160, 96],

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from converting import contents
 
-from converter import conversion, convert, store
+from converter import convert, store
 from converter.errors import Different
+from converter.form import Form
+from converter.job import open_job
 from converter.workspace import Workspace
 from oss_model.errors import InputError
 
@@ -180,7 +182,8 @@ def test_a_share_is_on_the_disk_by_name_before_it_is_called_done(small, tmp_path
 def test_the_same_share_twice_at_once_is_refused(hf, tmp_path):
     mine = Workspace(tmp_path / "out.partial", (1, 2))
     mine.lock()
-    mine.begin(conversion.fingerprint(conversion.open_source(hf, "bfloat16"), "bfloat16"), restart=False)
+    with open_job(hf, Form()) as job:
+        mine.begin(job.before, restart=False)
     with pytest.raises(InputError, match=r"process 1/2 is already at work there; wait until it has ended, or end it"):
         convert(hf, tmp_path / "out", process=(1, 2))
     with pytest.raises(InputError, match="a conversion by 2 processes runs there"):

@@ -1,0 +1,200 @@
+"""What training saved, as a source: plain Orbax, beside an optimizer's state, stacked layers, LoRA updates."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from test_converter_export import tensors, values
+
+from converter import convert
+from converter.cli import main
+from converter.orbax_source import OrbaxSource
+from oss_model import Transformer, add_lora, create_model_from_checkpoint, load_lora, merge_lora, save_lora
+from oss_model.layouts import BFLOAT16
+from oss_model.scanned import scanned
+
+ATTENTION, EXPERTS = r".*(q|k|v|o)_proj", r".*mlp\.(gate_up|down)"
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, cfg) -> nnx.Module:
+    """A model whose every parameter has moved, a little, from what was converted."""
+    model = create_model_from_checkpoint(checkpoints["float32"], dataclasses.replace(cfg, param_dtype="float32"))
+    state = nnx.state(model)
+    keys = iter(jax.random.split(jax.random.key(0), 200))
+    return nnx.merge(nnx.graphdef(model), jax.tree.map(lambda a: a + 0.01 * jax.random.normal(next(keys), a.shape), state))
+
+
+def expected(model) -> dict[str, np.ndarray]:
+    """Its parameters as bfloat16, rounded once."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    found = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+    return {name: np.asarray(np.asarray(value).astype(BFLOAT16), np.float32) for name, value in found.items()}
+
+
+def same(directory, model) -> None:
+    found, wanted = values(directory), expected(model)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, name)
+
+
+def test_what_plain_orbax_saved_is_exported(trained, checkpoints, tmp_path):
+    """One file a process, compressed: as `StandardCheckpointer` does. config.json is put beside it."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(trained))
+    shutil.copy(checkpoints["float32"] / "config.json", tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "out", to="hf-bf16")
+    same(tmp_path / "out", trained)
+    convert(tmp_path / "model", tmp_path / "orbax", "float32")
+    again = create_model_from_checkpoint(tmp_path / "orbax", dataclasses.replace(trained.cfg, param_dtype=None))
+    for a, b in zip(jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(trained)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert convert(tmp_path / "model", tmp_path / "out", to="hf-bf16").status == "already-complete"
+
+
+def test_the_last_step_beside_an_optimizers_state(trained, checkpoints, tmp_path):
+    """Adam's moments have the model's own names; the configuration is that of the checkpoint it began with."""
+    params = nnx.state(trained, nnx.Param)
+    with ocp.CheckpointManager(tmp_path / "run/steps") as manager:
+        for step in (4, 10):
+            tree = {"params": params, "moments": optax.adam(1e-3).init(params), "step": jnp.int32(step)}
+            manager.save(step, args=ocp.args.StandardSave(tree))
+    shutil.copytree(checkpoints["float32"], tmp_path / "run/base")
+    for place in ("run/steps", "run/steps/10", "run/steps/10/default"):
+        source = OrbaxSource(tmp_path / place)
+        assert source.directory == tmp_path / "run/steps/10/default"
+        assert source.home == tmp_path / "run/base"
+    convert(tmp_path / "run/steps", tmp_path / "out", to="hf-bf16")
+    same(tmp_path / "out", trained)
+
+
+def test_stacked_layers_are_unstacked(tmp_path, even_cfg):
+    cfg = dataclasses.replace(even_cfg, num_hidden_layers=4, layer_types=(), param_dtype="float32")
+    model = Transformer(cfg, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", {"model": nnx.state(scanned(nnx.merge(graphdef, jax.tree.map(jnp.copy, state))))})
+    (tmp_path / "model/config.json").write_text(json.dumps(cfg.to_json()))
+    convert(tmp_path / "model", tmp_path / "out", to="hf-bf16")
+    same(tmp_path / "out", model)
+
+
+def test_what_is_missing_or_of_another_model_is_told(trained, checkpoints, tmp_path, capsys):
+    state = nnx.state(trained)
+    flat = [(path, value) for path, value in nnx.to_flat_state(state) if "sinks" not in path]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.from_flat_state(flat))
+        checkpointer.save(tmp_path / "two", {"a": state, "b": state})
+        checkpointer.save(tmp_path / "none", {"x": jnp.zeros(3)})
+    out = str(tmp_path / "out")
+    assert main([str(tmp_path / "model"), out, "--to", "hf-bf16"]) == 2
+    assert "config.json: missing, and in the directories above; copy the model's there" in capsys.readouterr().err
+    for name in ("model", "two", "none"):
+        shutil.copy(checkpoints["float32"] / "config.json", tmp_path / name)
+    assert main([str(tmp_path / "model"), out, "--to", "hf-bf16"]) == 2
+    err = capsys.readouterr().err
+    assert [f"layers.{n}.attn.sinks: missing; config.json says" in err for n in range(5)] == [True] * 5
+    assert main([str(tmp_path / "two"), out, "--to", "hf-bf16"]) == 2
+    assert "expected one tree of a whole model's parameters" in (err := capsys.readouterr().err)
+    assert "found several (a., b.)" in err
+    assert main([str(tmp_path / "none"), out, "--to", "hf-bf16"]) == 2
+    assert "found none; it has x" in capsys.readouterr().err
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------
+
+
+def adapted(path, cfg, rules, rank=3, alpha=6):
+    model = create_model_from_checkpoint(path, cfg)
+    add_lora(model, rules, rank, alpha, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.LoRAParam)
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    nnx.update(model, jax.tree.map(lambda a: 0.05 * jax.random.normal(next(keys), a.shape), state))
+    return model
+
+
+def close(found: np.ndarray, wanted: np.ndarray, name: str) -> None:
+    """To one step of bfloat16: sums of a few products may differ in their last bit before they are rounded."""
+    np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=1e-6, err_msg=name)
+    assert (found != wanted).mean() < 1e-3, name
+
+
+def test_updates_of_attention_leave_packed_experts_alone(checkpoints, sources, cfg, tmp_path):
+    model = adapted(checkpoints["mxfp4"], cfg, ATTENTION)
+    save_lora(model, tmp_path / "lora", [ATTENTION])
+    for source in (checkpoints["mxfp4"], sources["openai"]):
+        out = tmp_path / source.name
+        convert(source, out, to="hf", merge=tmp_path / "lora")
+        found, before = tensors(out), tensors(sources["hf"])
+        assert {name for name in before if found[name] != before[name]} == {
+            f"model.layers.{n}.self_attn.{proj}_proj.weight" for n in range(5) for proj in "qkvo"
+        }
+        merged = create_model_from_checkpoint(checkpoints["bfloat16"], cfg)
+        load_lora(merged, tmp_path / "lora")
+        merge_lora(merged)
+        ours = values(out)
+        for name, value in expected(merged).items():
+            close(ours[name], value, name)
+
+
+def test_updates_of_experts_are_added_to_values_and_packed_again(checkpoints, sources, cfg, tmp_path, capsys):
+    rules = [r"layers\.1\.mlp\.(gate_up|down)", r"layers\.3\.mlp\.(down|router)", r"lm_head"]
+    model = adapted(checkpoints["mxfp4"], cfg, rules)
+    save_lora(model, tmp_path / "lora", rules)
+    asked = [str(checkpoints["mxfp4"]), str(tmp_path / "out"), "--to", "hf", "--merge", str(tmp_path / "lora")]
+    assert main(asked) == 2
+    assert "layers.1.mlp.down.weight and 2 more are values, which lose something as MXFP4" in capsys.readouterr().err
+    assert main([*asked, "--quantizer", "best"]) == 0
+    found, before = tensors(tmp_path / "out"), tensors(sources["hf"])
+    experts = [(1, "gate_up"), (1, "down"), (3, "down")]
+    assert {name for name in before if found[name] != before[name] and "bias" not in name} <= {
+        "lm_head.weight",
+        "model.layers.3.mlp.router.weight",
+        *(f"model.layers.{n}.mlp.experts.{kind}_proj_{part}" for n, kind in experts for part in ("blocks", "scales")),
+    }
+    # As values, against the model's own merging
+    convert(checkpoints["mxfp4"], tmp_path / "values", to="hf-bf16", merge=tmp_path / "lora")
+    merged = create_model_from_checkpoint(checkpoints["bfloat16"], cfg)
+    load_lora(merged, tmp_path / "lora")
+    merge_lora(merged)
+    ours = values(tmp_path / "values")
+    for name, value in expected(merged).items():
+        close(ours[name], value, name)
+    assert (
+        convert(checkpoints["mxfp4"], tmp_path / "values", to="hf-bf16", merge=tmp_path / "lora").status == "already-complete"
+    )
+
+
+def test_an_update_is_merged_or_the_command_refuses(checkpoints, cfg, tmp_path, capsys):
+    model = adapted(checkpoints["mxfp4"], cfg, ATTENTION)
+    save_lora(model, tmp_path / "lora", [ATTENTION])
+    note = tmp_path / "lora/lora.json"
+    noted = json.loads(note.read_text())
+    asked = [str(checkpoints["mxfp4"]), str(tmp_path / "out"), "--to", "hf", "--merge", str(tmp_path / "lora")]
+
+    def refused(change) -> str:
+        again = json.loads(json.dumps(noted))
+        change(again["updates"])
+        note.write_text(json.dumps(again))
+        assert main(asked) == 2
+        return capsys.readouterr().err
+
+    assert "layers.2.attn.q_proj.lora.a: expected to be noted in lora.json" in refused(lambda u: u.pop("layers.2.attn.q_proj"))
+    other = "layers.9.attn.q_proj"
+    assert f"{other}: expected a linear map of the model, found none" in refused(
+        lambda u: u.update({other: {"rank": 3, "alpha": 1}})
+    )
+    wrong = {"layers.0.attn.k_proj": {"rank": 2, "alpha": 1}}
+    assert "layers.0.attn.k_proj: expected shapes [(2, 96), (7, 24, 2)], found" in refused(lambda u: u.update(wrong))
+    note.unlink()
+    assert main(asked) == 2
+    assert "lora.json: expected the ranks and alphas that save_lora notes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
