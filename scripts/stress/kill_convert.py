@@ -1,6 +1,7 @@
 """Kill conversions at random moments and take them up again: none may ever be wrong.
 
     python scripts/stress/kill_convert.py WORK --kills 200
+    python scripts/stress/kill_convert.py WORK --kills 200 --to hf --quantizer best
 
 Converts a model of about 200 MB. Each round starts the conversion, kills it (SIGKILL) after a random time, damages
 at random what the disk need not have held yet, and goes on until a run ends by itself. Then every file must be the
@@ -20,13 +21,13 @@ import xxhash
 STAMPED = ("_CHECKPOINT_METADATA", "conversion.json")
 
 
-def convert(source: Path, out: Path) -> None:
+def convert(source: Path, out: Path, to: str, quantizer: str | None) -> None:
     from converter import convert
 
-    convert(source, out, verify=False)
+    convert(source, out, to=to, quantizer=quantizer, verify=False)
 
 
-def make_source(path: Path) -> None:
+def make_source(path: Path, layout: str) -> None:
     from oss_model.config import ModelConfig
     from oss_model.synthetic import write_checkpoint
 
@@ -34,7 +35,7 @@ def make_source(path: Path) -> None:
         vocab_size=16384, hidden_size=1024, intermediate_size=768, num_hidden_layers=4, num_experts=8, num_attention_heads=16,
         num_key_value_heads=4,
     )  # fmt: skip
-    write_checkpoint(path, cfg)
+    write_checkpoint(path, cfg, layout)
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -59,18 +60,21 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="a directory for the model and the conversions")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", default="orbax")
+    parser.add_argument("--quantizer", help="of a source of values, not packed")
     args = parser.parse_args()
     work, chance = args.work.resolve(), random.Random(args.seed)
-    source, out = work / "source", work / "out"
+    layout = "hf-bf16" if args.quantizer else "hf"
+    source, out = work / f"source-{layout}", work / "out"
     partial = work / "out.partial"
     work.mkdir(parents=True, exist_ok=True)
     if not source.exists():
-        make_source(source)
+        make_source(source, layout)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orbax.checkpoint", "converter.conversion", "oss_model.mxfp4"])
 
     def run():
-        process = context.Process(target=convert, args=(source, out))
+        process = context.Process(target=convert, args=(source, out, args.to, args.quantizer))
         process.start()
         return process
 
