@@ -53,6 +53,7 @@ def _shared_options(command: Callable) -> Callable:
 @click.option("--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes.")
 @click.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, as save_lora wrote them.")
 @click.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
+@click.option("--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")

@@ -28,11 +28,14 @@ def config_of(source: Source, form: Form) -> bytes | None:
       InputError: if the form has no way to say something: OpenAI's has no eps and no layer types.
     """
     if form.to == "orbax":
-        return None
+        if not form.ignore:
+            return None
+        found = json.loads((home(source) / "config.json").read_bytes())
+        return _text({key: value for key, value in found.items() if key not in form.ignore})
     if form.to == "openai":
         return _text(dialects.write(source.cfg, "openai"))
     found = json.loads((home(source) / "config.json").read_bytes())
-    kept = {key: value for key, value in found.items() if key not in _OF_THE_FORM and not key.startswith("_")}
+    kept = {key: value for key, value in found.items() if key not in {*_OF_THE_FORM, *form.ignore} and not key.startswith("_")}
     kept = kept if "model_type" in found or "num_local_experts" in found else {}  # of OpenAI's dialect, nothing
     said = dialects.write(source.cfg, "transformers4") | {
         "rope_parameters": dialects.write(source.cfg, "transformers5")["rope_parameters"]

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from converter.destination import Destination
@@ -61,6 +61,7 @@ def convert(
     like: str | os.PathLike | None = None,
     merge: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
+    ignore_config_key: Sequence[str] = (),
     overwrite: bool = False,
     verify: bool = True,
     max_memory: int | None = None,
@@ -84,6 +85,7 @@ def convert(
       like: a packed checkpoint: blocks whose values are the same there keep its bytes.
       merge: a directory of LoRA updates (`oss_model.save_lora`), added to the weights in float32.
       tokenizer: a directory whose tokenizer, template and generation_config.json are copied, instead of the source's.
+      ignore_config_key: keys of config.json that nobody here knows, and that are left out.
       overwrite: also begins anew where an unfinished conversion of something else is in the way.
       verify: read back what was written and compare it with the source decoded anew.
       max_memory: resident bytes of this process, all in, at the most.
@@ -97,7 +99,7 @@ def convert(
       KeyboardInterrupt: after Ctrl-C, once the chunks under way are written; what is written is kept.
     """
     start = time.perf_counter()
-    form = make_form(to, dtype, quantizer, Path(like) if like else None, Path(merge) if merge else None)
+    form = make_form(to, dtype, quantizer, like, merge, ignore_config_key)
     if not 1 <= process[0] <= process[1]:
         raise InputError(f"process: expected I/N with I from 1 to N, found {process[0]}/{process[1]}")
     destination = Destination(dst)

@@ -1,6 +1,8 @@
 """The form that is asked for: what is written, how parameters are stored in it, and what may be lost on the way."""
 
 import dataclasses
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from oss_model import quantization
@@ -20,6 +22,7 @@ class Form:
       quantizer: the rule by which experts' values become MXFP4 (`oss_model.quantization`); None: they may not.
       like: a packed checkpoint; blocks whose values are the same there keep its bytes.
       merge: LoRA updates that are added (`oss_model.lora.save_lora`).
+      ignore: unknown keys of config.json that are left out.
     """
 
     to: str = "orbax"
@@ -27,6 +30,7 @@ class Form:
     quantizer: str | None = None
     like: Path | None = None
     merge: Path | None = None
+    ignore: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -42,17 +46,20 @@ class Form:
         if self == Form(dtype=self.dtype):
             return {}
         paths = {"like": self.like, "merge": self.merge}
-        return {"to": self.to, "quantizer": self.quantizer} | {k: str(p.resolve()) if p else None for k, p in paths.items()}
+        found = {"to": self.to, "quantizer": self.quantizer} | {k: str(p.resolve()) if p else None for k, p in paths.items()}
+        return found | ({"ignored config keys": list(self.ignore)} if self.ignore else {})
 
 
 def make_form(
     to: str = "orbax",
     dtype: str | None = None,
     quantizer: str | None = None,
-    like: Path | None = None,
-    merge: Path | None = None,
+    like: str | os.PathLike | None = None,
+    merge: str | os.PathLike | None = None,
+    ignore: Sequence[str] = (),
 ) -> Form:
-    """
+    """The form by its parts, as `convert` takes them.
+
     Raises:
       InputError: for every part that is unknown, or that does not go with the others.
     """
@@ -65,7 +72,8 @@ def make_form(
     if quantizer is not None and quantizer not in quantization.RULES:
         faults.append(f"quantizer: expected one of {', '.join(quantization.RULES)}, found {quantizer!r}")
     raise_all(faults)
-    form = Form(to, dtype or DTYPES[to][0], quantizer, like, merge)
+    paths = {"like": None if like is None else Path(like), "merge": None if merge is None else Path(merge)}
+    form = Form(to, dtype or DTYPES[to][0], quantizer, **paths, ignore=tuple(sorted(set(ignore))))
     if not form.packed:
         for name, value in (("quantizer", quantizer), ("like", like)):
             if value is not None:
@@ -80,4 +88,5 @@ def noted_form(manifest: dict) -> Form:
     """That of a finished checkpoint."""
     note = manifest.get("form") or {}
     paths = {name: Path(note[name]) if note.get(name) else None for name in ("like", "merge")}
-    return Form(note.get("to", "orbax"), manifest["dtype"], note.get("quantizer"), **paths)
+    ignored = tuple(note.get("ignored config keys", ()))
+    return Form(note.get("to", "orbax"), manifest["dtype"], note.get("quantizer"), **paths, ignore=ignored)

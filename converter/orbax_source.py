@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +49,13 @@ class OrbaxSource:
       home: the directory of config.json, and of whatever else belongs to the model.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, ignore: Collection[str] = ()):
         self.path = path
         found = find(path)
         assert found is not None
         self.directory = found.absolute()
         config = _config_file(self.directory)
-        self.cfg, self.home = ModelConfig.from_json(config), config.parent
+        self.cfg, self.home = ModelConfig.from_json(config, ignore), config.parent
         self._arrays = _of_the_model(self.directory, stored_arrays(self.directory))
         packed = any(name.endswith(".blocks") for name in self._arrays)
         self.layout = layouts.ORBAX_MXFP4 if packed else layouts.ORBAX

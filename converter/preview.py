@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import threading
-from pathlib import Path
+from collections.abc import Sequence
 
 from converter.destination import Destination
 from converter.finished import is_complete
@@ -48,6 +48,7 @@ def preview(
     like: str | os.PathLike | None = None,
     merge: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
+    ignore_config_key: Sequence[str] = (),
     overwrite: bool = False,
     max_memory: int | None = None,
 ) -> Preview:
@@ -57,7 +58,7 @@ def preview(
       InputError: as `convert` does.
     """
     destination = Destination(dst)
-    form = make_form(to, dtype, quantizer, Path(like) if like else None, Path(merge) if merge else None)
+    form = make_form(to, dtype, quantizer, like, merge, ignore_config_key)
     with open_job(src, form, tokenizer) as job:
         source, plan = job.source, job.plan
         workspace = Workspace(destination.partial)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def open_source(path: str | os.PathLike, form: Form) -> Source:
       InputError: naming every fault: of files, config.json, names, shapes, dtypes; and every tensor whose values
         have no exact counterpart (MXFP4 scales 253..255, float32 that bfloat16 cannot hold).
     """
-    source: Source = open_checkpoint(path)
+    source: Source = open_checkpoint(path, form.ignore)
     with closed_on_error(source):
         raise_all(_faults(source, form))
         if form.merge is not None:
@@ -41,9 +41,13 @@ def open_source(path: str | os.PathLike, form: Form) -> Source:
     return source
 
 
-def open_checkpoint(path: str | os.PathLike) -> Source:
-    """Whatever is there: safetensors or Orbax."""
-    return OrbaxSource(Path(path)) if is_orbax(Path(path)) else Checkpoint(path)
+def open_checkpoint(path: str | os.PathLike, ignore: Collection[str] = ()) -> Source:
+    """Whatever is there: safetensors or Orbax.
+
+    Args:
+      ignore: see `ModelConfig.from_json`.
+    """
+    return OrbaxSource(Path(path), ignore) if is_orbax(Path(path)) else Checkpoint(path, ignore)
 
 
 def open_base(form: Form, source: Source) -> Source | None:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -108,19 +108,22 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_json(cls, source: "str | os.PathLike | Mapping[str, Any]") -> "ModelConfig":
+    def from_json(cls, source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str] | None = ()) -> "ModelConfig":
         """Read config.json (a path, or the parsed object) in any of its three dialects.
 
         The dialects: as published on the hub (written by transformers 4), as written by transformers 5
         (`rope_parameters`), and OpenAI's original. Every key is read, or known not to change the arithmetic,
         or refused.
 
+        Args:
+          ignore: unknown keys that whoever calls knows to be harmless; None: all that are unknown.
+
         Raises:
           InputError: naming every key that is missing, of the wrong type, or not implemented.
         """
         from oss_model import dialects
 
-        return cls(**dialects.read(source))
+        return cls(**dialects.read(source, ignore))
 
     def to_json(self, dialect: str = "transformers5") -> dict[str, Any]:
         """What config.json says of this model, as an object.

@@ -7,7 +7,7 @@ original. Reading, every key is read, or known not to change the arithmetic, or 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from oss_model.config import CAST, TYPES, ModelConfig, type_fault
@@ -16,14 +16,18 @@ from oss_model.errors import InputError, raise_all
 DIALECTS = ("transformers4", "transformers5", "openai")
 
 
-def read(source: "str | os.PathLike | Mapping[str, Any]") -> dict[str, Any]:
+def read(source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str] | None = ()) -> dict[str, Any]:
     """Fields of `ModelConfig` -> values, of config.json (a path, or the parsed object).
 
+    Args:
+      ignore: keys that nobody here knows, and that somebody who does says to leave alone; None: all such.
+
     Raises:
-      InputError: naming every key that is missing, of the wrong type, or not implemented.
+      InputError: naming every key that is missing, of the wrong type, or not implemented; and each of `ignore` that is known,
+        or not there.
     """
     if isinstance(source, Mapping):
-        return _fields(dict(source), "config.json")
+        return _fields(dict(source), "config.json", ignore)
     where = os.fspath(source)
     try:
         with open(where, encoding="utf-8") as f:
@@ -34,7 +38,7 @@ def read(source: "str | os.PathLike | Mapping[str, Any]") -> dict[str, Any]:
         raise InputError(f"{where}: expected a JSON object, found something unreadable ({e})") from None
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(data).__name__}")
-    return _fields(data, where)
+    return _fields(data, where, ignore)
 
 
 def write(cfg: ModelConfig, dialect: str) -> dict[str, Any]:
@@ -108,18 +112,30 @@ _OPENAI_KEYS = {name: name for name in _SIZES} | {
 }
 _OPTIONAL = {"layer_types", "max_position_embeddings", "rms_norm_eps", "swiglu_alpha", "rope_beta_fast",
              "rope_beta_slow", "rope_truncate"}  # fmt: skip
-# Keys that would change the arithmetic, with the only value that is implemented.
-_ONLY = {"attention_bias": True, "attention_dropout": 0, "tie_word_embeddings": False, "is_encoder_decoder": False}
+# Keys that would change the arithmetic, with the only value that is implemented. Old files of transformers have many.
+_ONLY = {"attention_bias": True, "attention_dropout": 0, "tie_word_embeddings": False, "is_encoder_decoder": False,
+         "add_cross_attention": False, "cross_attention_hidden_size": None, "is_decoder": False, "pruned_heads": {},
+         "tie_encoder_decoder": False, "torchscript": False}  # fmt: skip
 # Keys that leave the logits alone. `hidden_act` is among them: the reference does not read it either.
 _HARMLESS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
     "hidden_act", "id2label", "initializer_range", "label2id", "model_type", "name_or_path", "output_attentions",
     "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "quantization_config", "return_dict",
     "router_aux_loss_coef", "sep_token_id", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    # of how it is run, and who trained or pruned it
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "experts_implementation", "finetuning_task",
+    "model_name", "pruned_from_num_experts", "pruned_to_num_experts", "task_specific_params", "tf_legacy_loss",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16",
+    # of generation, which older releases of transformers wrote here
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
 
 
-def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
+def _fields(data: dict[str, Any], where: str, ignore: Collection[str] | None) -> dict[str, Any]:
     if data.get("model_type", "gpt_oss") != "gpt_oss":
         raise InputError(f"{where}: model_type: expected 'gpt_oss', found {data['model_type']!r}; this is another model")
     hf = "model_type" in data or "num_local_experts" in data
@@ -171,9 +187,21 @@ def _fields(data: dict[str, Any], where: str) -> dict[str, Any]:
     quantization = rest.get("quantization_config")
     # Other tools write a form of their own without `quant_method`: {"bits": 4, "group_size": 64}.
     if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"):
-        faults.append(f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}")
-    for key in sorted(rest.keys() - _HARMLESS):
-        faults.append(f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused")
+        faults.append(
+            f"{where}: quantization_config.quant_method: only 'mxfp4' is implemented, found {quantization!r}; use the model's "
+            "bfloat16 or MXFP4 form"
+        )
+    unknown = sorted(rest.keys() - _HARMLESS)
+    for key in unknown:
+        if ignore is not None and key not in ignore:
+            faults.append(
+                f"{where}: {key}: not a key of gpt-oss; it may change the arithmetic, so it is refused; convert-oss "
+                f"--ignore-config-key {key} lets it pass, if you know that it does not"
+            )
+    for key in sorted(set(ignore or ()) - set(unknown)):
+        faults.append(
+            f"{where}: {key}: expected an unknown key, to be ignored, found {'a known one' if key in data else 'none'}"
+        )
     # transformers 4 knows no such key and writes none: its code says 7.
     optional = _OPTIONAL | {"swiglu_limit"} if hf else _OPTIONAL
     for field in sorted(names.keys() - found.keys() - optional):

@@ -338,7 +338,7 @@ def restore_arrays(
 
 class _Safetensors:
     def __init__(self, path: Path, cfg: ModelConfig, mesh: Mesh | None):
-        self.source = source = Checkpoint(path)
+        self.source = source = Checkpoint(path, ignore=None)  # `cfg` says what the model is
         dtypes = {entry.model: source.dtype(entry) for entry in source.entries()}
         self.cfg = dataclasses.replace(cfg, param_dtype=_held(source.directory, cfg.param_dtype, dtypes))
         held = dataclasses.replace(source.cfg, param_dtype=self.cfg.param_dtype)

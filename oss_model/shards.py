@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -127,8 +128,11 @@ class Shards:
 class Checkpoint:
     """A safetensors directory that is known to be a complete gpt-oss model: its tensors, layout and configuration."""
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, ignore: Collection[str] | None = ()):
         """Open and check everything but the values.
+
+        Args:
+          ignore: see `ModelConfig.from_json`.
 
         Raises:
           InputError: naming every fault of config.json, the files, and the tensors' names, shapes and dtypes.
@@ -146,7 +150,7 @@ class Checkpoint:
                 raise  # nothing here to say more about
             faults += e.faults
         try:
-            self.cfg = ModelConfig.from_json(self.directory / "config.json")
+            self.cfg = ModelConfig.from_json(self.directory / "config.json", ignore)
         except InputError as e:
             faults += e.faults
         raise_all(faults)

@@ -123,7 +123,7 @@ class Candidate:
         )
 
     def _forms(self) -> forms.Forms:
-        packed = self.source is not None and Checkpoint(self.source).layout.packed
+        packed = self.source is not None and Checkpoint(self.source, ignore=None).layout.packed
         return forms.Forms(self.path, self.cfg, self.source if packed else None)
 
     def restore(self, names: Iterable[str]) -> Arrays:

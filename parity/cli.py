@@ -123,7 +123,7 @@ def main(
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
             reference = arranged(pair[0], pair[1])[0] if isinstance(pair[0], Path) else None
             if reference is not None and not is_orbax(reference):  # only to name what is wrong with it
-                Checkpoint(reference).shards.close()
+                Checkpoint(reference, _ignored(pair[1])).shards.close()
         except InputError as e:
             raise InputError(*faults, *e.faults) from None
         raise_all(faults)
@@ -151,6 +151,14 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     source = write_checkpoint(scratch / "source", ModelConfig.tiny())
     convert(source, scratch / "checkpoint")
     return source, scratch / "checkpoint"
+
+
+def _ignored(checkpoint: Path) -> list[str]:
+    """Keys of SRC's config.json that DST was converted without."""
+    try:
+        return list(json.loads((checkpoint / "conversion.json").read_bytes())["form"]["ignored config keys"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tuple[Recording, Path]":

@@ -372,7 +372,7 @@ class Forms:
     @functools.cached_property
     def holds_packed(self) -> bool:
         if not is_orbax(self.path):
-            return Checkpoint(self.path).layout.packed
+            return Checkpoint(self.path, ignore=None).layout.packed
         return as_stored(self.path, self.cfg)[0].param_dtype == "mxfp4"
 
     @property

@@ -267,6 +267,20 @@ def test_what_a_form_cannot_say_is_refused(sources, tmp_path, capsys):
     assert "note: vLLM cannot serve it: it takes every other layer for a sliding one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_key_that_nobody_knows_passes_by_name_and_is_left_out(sources, tmp_path, capsys, to):
+    source = shutil.copytree(sources["hf"], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"moe_flavour": "mild"}))
+    asked = [str(source), str(tmp_path / "out"), "--to", to]
+    assert main(asked) == 2
+    assert "convert-oss --ignore-config-key moe_flavour lets it pass" in capsys.readouterr().err
+    assert main([*asked, "--ignore-config-key", "moe_flavour"]) == 0
+    assert "moe_flavour" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["form"]["ignored config keys"] == ["moe_flavour"]
+    assert verify_checkpoint(tmp_path / "out", source).status == "pass"
+
+
 def test_shards_have_an_index_and_a_size(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SHARD_BYTES", 400_000)
     result = convert(sources["hf"], tmp_path / "out", to="hf")

@@ -13,6 +13,16 @@ import pytest
 from oss_model import InputError, ModelConfig, layouts
 from oss_model.synthetic import hf_config
 
+OTHER_FORM = "; use the model's bfloat16 or MXFP4 form"
+
+
+def unknown(key: str) -> str:
+    return (
+        f"{key}: not a key of gpt-oss; it may change the arithmetic, so it is refused; convert-oss --ignore-config-key {key} "
+        "lets it pass, if you know that it does not"
+    )
+
+
 PUBLISHED = {  # openai/gpt-oss-20b, config.json: written by transformers 4
     "architectures": ["GptOssForCausalLM"],
     "attention_bias": True,
@@ -384,27 +394,27 @@ def test_layer_types_of_the_wrong_type(value):
         (PUBLISHED | {"is_encoder_decoder": True}, ["is_encoder_decoder: only False is implemented, found True"]),
         (
             PUBLISHED | {"quantization_config": {"quant_method": "gptq"}},
-            ["quantization_config.quant_method: only 'mxfp4' is implemented, found {'quant_method': 'gptq'}"],
+            [f"quantization_config.quant_method: only 'mxfp4' is implemented, found {{'quant_method': 'gptq'}}{OTHER_FORM}"],
         ),
         (
-            PUBLISHED | {"quantization_config": {"bits": 4, "group_size": 64}},
-            ["quantization_config.quant_method: only 'mxfp4' is implemented, found {'bits': 4, 'group_size': 64}"],
+            PUBLISHED | {"quantization_config": {"bits": 4, "group": 64}},
+            [f"quantization_config.quant_method: only 'mxfp4' is implemented, found {{'bits': 4, 'group': 64}}{OTHER_FORM}"],
         ),
         (
             PUBLISHED | {"quantization_config": {}},
-            ["quantization_config.quant_method: only 'mxfp4' is implemented, found {}"],
+            [f"quantization_config.quant_method: only 'mxfp4' is implemented, found {{}}{OTHER_FORM}"],
         ),
         (
             PUBLISHED | {"quantization_config": "mxfp4"},
-            ["quantization_config.quant_method: only 'mxfp4' is implemented, found 'mxfp4'"],
+            [f"quantization_config.quant_method: only 'mxfp4' is implemented, found 'mxfp4'{OTHER_FORM}"],
         ),
         (
             PUBLISHED | {"num_shared_experts": 1},
-            ["num_shared_experts: not a key of gpt-oss; it may change the arithmetic, so it is refused"],
+            [unknown("num_shared_experts")],
         ),
         (
             ORIGINAL | {"rms_norm_eps": 1e-5},
-            ["rms_norm_eps: not a key of gpt-oss; it may change the arithmetic, so it is refused"],
+            [unknown("rms_norm_eps")],
         ),
         (
             PUBLISHED | {"experts_per_token": 2},
@@ -498,8 +508,8 @@ def test_all_faults_at_once_in_the_order_of_the_table():
         "config.json: rope_scaling.factor: expected a finite number, found 'x'",
         "config.json: rope_scaling.mscale: not implemented, and it would change the rotation",
         "config.json: attention_bias: only True is implemented, found False",
-        "config.json: aaa: not a key of gpt-oss; it may change the arithmetic, so it is refused",
-        "config.json: zzz: not a key of gpt-oss; it may change the arithmetic, so it is refused",
+        f"config.json: {unknown('aaa')}",
+        f"config.json: {unknown('zzz')}",
         "config.json: sliding_window: missing; is this the config.json of a gpt-oss model?",
     ]
     with pytest.raises(InputError) as caught:
@@ -626,4 +636,32 @@ def test_wrong_types_given_from_python():
         "num_hidden_layers: expected an integer, found None",
         "head_dim: expected an integer, found 2.5",
         "rope_theta: expected a finite number, found nan",
+    ]
+
+
+def test_what_others_write_and_means_nothing_passes():
+    """Of published fine-tunes, and of old releases of transformers, at the values that they have in every model."""
+    harmless = {
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.8",
+        "model_name": "x",
+        "pruned_from_num_experts": 32,
+        "top_p": 0.9,
+    }
+    neutral = {"torchscript": False, "is_decoder": False, "pruned_heads": {}, "tie_encoder_decoder": False, "max_length": 20}
+    assert ModelConfig.from_json(PUBLISHED | harmless | neutral) == ModelConfig.from_json(PUBLISHED)
+    assert faults(PUBLISHED | {"pruned_heads": {"0": [1]}}) == [
+        "config.json: pruned_heads: only {} is implemented, found {'0': [1]}"
+    ]
+
+
+def test_an_unknown_key_is_ignored_by_its_name_alone():
+    file = PUBLISHED | {"moe_flavour": 1, "secret": 2}
+    assert ModelConfig.from_json(file, ignore=["moe_flavour", "secret"]) == ModelConfig.from_json(PUBLISHED)
+    with pytest.raises(InputError) as caught:
+        ModelConfig.from_json(file, ignore=["moe_flavour", "head_dim", "other"])
+    assert caught.value.faults == [
+        f"config.json: {unknown('secret')}",
+        "config.json: head_dim: expected an unknown key, to be ignored, found a known one",
+        "config.json: other: expected an unknown key, to be ignored, found none",
     ]
