@@ -17,6 +17,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
 EXPERT_PATHS = ("auto", "loop", "scan", "grouped", "pairs", "ragged")
 REMATS = ("none", "mlp", "block")
+QUANTIZERS = ("best", "ocp", "ceil")  # how values become MXFP4: see `oss_model.quantization`
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
@@ -60,6 +61,8 @@ class ModelConfig:
     dtype: Any = ml_dtypes.bfloat16
     param_dtype: str | None = None
     expert_path: str = "auto"  # how expert sums are computed: see `oss_model.expert_paths`
+    # Training for MXFP4: experts are computed with the values that an export with this quantizer will have.
+    experts_qat: str | None = None
     # Attention: 0 all logits at once, a number in blocks of so many tokens, None by the length (`oss_model.attention`).
     attention_block: int | None = None
     remat: str = "none"  # what training computes twice to save memory: "none", "mlp" (the experts), "block" (everything)
@@ -206,11 +209,13 @@ def _faults(cfg: ModelConfig) -> list[str]:
         faults.append(f"dtype: expected bfloat16 or float32, found {cfg.dtype}")
     if cfg.expert_path not in EXPERT_PATHS:
         faults.append(f"expert_path: expected one of {', '.join(EXPERT_PATHS)}, found {cfg.expert_path!r}")
+    if cfg.experts_qat not in (None, *QUANTIZERS):
+        faults.append(f"experts_qat: expected None or one of {', '.join(QUANTIZERS)}, found {cfg.experts_qat!r}")
     if not (cfg.attention_block is None or (type(cfg.attention_block) is int and cfg.attention_block >= 0)):
         faults.append(f"attention_block: expected None or a number of tokens, 0 or more, found {cfg.attention_block!r}")
     if cfg.remat not in REMATS:
         faults.append(f"remat: expected one of {', '.join(REMATS)}, found {cfg.remat!r}")
-    for name in ("hidden_size", "intermediate_size") if cfg.param_dtype == "mxfp4" else ():
+    for name in ("hidden_size", "intermediate_size") if cfg.param_dtype == "mxfp4" or cfg.experts_qat else ():
         if getattr(cfg, name) % MXFP4_BLOCK:
             faults.append(f"{name}: expected a multiple of {MXFP4_BLOCK}, the MXFP4 block, found {getattr(cfg, name)}")
     return faults

@@ -72,7 +72,8 @@ def write(cfg: ModelConfig, dialect: str) -> dict[str, Any]:
 
 
 # What no dialect says, or not every one: the values of a model's logits do not depend on it.
-_NOT_SAID = {"max_position_embeddings", "dtype", "param_dtype", "expert_path", "attention_block", "remat", "use_sharding"}
+_NOT_SAID = {"max_position_embeddings", "dtype", "param_dtype", "expert_path", "experts_qat", "attention_block", "remat",
+             "use_sharding"}  # fmt: skip
 
 # Each dialect: key in the file -> field of ModelConfig. A key that is in none of these tables is refused.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -13,14 +13,17 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from oss_model.config import ModelConfig
+from oss_model.config import MXFP4_BLOCK, ModelConfig
 from oss_model.errors import InputError
 from oss_model.layers import contract, delta
 from oss_model.mxfp4 import dequantize
+from oss_model.quantization import straight_through
 
 
 def add_up(x, choice, weights, gate_up: dict[str, Array], down: dict[str, Array], cfg: ModelConfig):
     """float32 [t, h]: the sum of weight · expert(x) over those of the chosen experts that are in these arrays."""
+    if cfg.experts_qat:
+        gate_up, down = (_as_exported(stored, cfg.experts_qat) for stored in (gate_up, down))
     return PATHS[_path(x, gate_up, cfg)](x, choice, weights, gate_up, down, cfg)
 
 
@@ -52,6 +55,30 @@ def _weight(stored: dict[str, Array], dtype) -> Array:
     if "blocks" in stored:
         return dequantize(stored["blocks"], stored["scales"], dtype)
     return stored["weight"].astype(dtype)
+
+
+def _as_exported(stored: dict[str, Array], rule: str) -> dict[str, Array]:
+    """The values that an export to MXFP4 has: of the weight, its update added in float32 where it has one, an expert at a time.
+
+    Raises:
+      InputError: if a device has a part of a block.
+    """
+    if stored.keys() == {"blocks", "scales", "bias"}:
+        return stored
+    packed = stored["blocks"].shape[-2] * MXFP4_BLOCK if "blocks" in stored else stored["weight"].shape[-1]
+    if packed % MXFP4_BLOCK:
+        raise InputError(f"experts_qat: expected each device to have whole blocks of {MXFP4_BLOCK} inputs, found {packed}")
+
+    def exported(one: dict[str, Array]) -> Array:
+        if "lora_a" not in one:
+            return straight_through(one["weight"], rule)
+        a, b = one["lora_a"], one["lora_b"]
+        update = contract("or,ri->oi", b.reshape(-1, b.shape[-1]), a)
+        weight = _weight(one, jnp.float32)
+        return straight_through(weight + update.reshape(weight.shape), rule)
+
+    bias = stored["bias"]
+    return {"weight": jax.lax.map(exported, {name: array for name, array in stored.items() if name != "bias"}), "bias": bias}
 
 
 def _linear(x: Float[Array, "t in"], stored: dict[str, Array]) -> Float[Array, "t *out"]:

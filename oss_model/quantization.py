@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from oss_model.config import MXFP4_BLOCK
+from oss_model.config import MXFP4_BLOCK, QUANTIZERS
 from oss_model.errors import InputError
 from oss_model.layouts import BFLOAT16
 from oss_model.mxfp4 import E2M1, MAX_SCALE, decode, dequantize, widen
 
-RULES = ("best", "ocp", "ceil")
+RULES = QUANTIZERS
 STEP_BLOCKS = 4096  # in NumPy, at a time: what is worked on then is in the cache
 
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the magnitudes of E2M1

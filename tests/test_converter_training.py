@@ -16,7 +16,7 @@ from test_converter_export import tensors, values
 from converter import convert
 from converter.cli import main
 from converter.orbax_source import OrbaxSource
-from oss_model import Transformer, add_lora, create_model_from_checkpoint, load_lora, merge_lora, save_lora
+from oss_model import Transformer, add_lora, create_model_from_checkpoint, cross_entropy, load_lora, merge_lora, save_lora
 from oss_model.layouts import BFLOAT16
 from oss_model.scanned import scanned
 
@@ -198,3 +198,59 @@ def test_an_update_is_merged_or_the_command_refuses(checkpoints, cfg, tmp_path, 
     assert main(asked) == 2
     assert "lora.json: expected the ranks and alphas that save_lora notes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- training for MXFP4 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [None, r"layers\.\d+\.mlp\.(gate_up|down)"])
+def test_what_is_served_is_what_was_trained(checkpoints, cfg, tmp_path, rules):
+    """Logits of the model as trained, with the exporter's rule in its experts, and of its export: equal."""
+    held = "mxfp4" if rules else "float32"
+    model = create_model_from_checkpoint(
+        checkpoints[held], dataclasses.replace(cfg, experts_qat="best", param_dtype=held, expert_path="scan")
+    )
+    tokens = jnp.arange(2 * 30, dtype=jnp.int32).reshape(2, 30)
+    trained = nnx.Param
+    if rules:
+        add_lora(model, rules, 2, rngs=nnx.Rngs(0))
+        trained = nnx.LoRAParam
+    optimizer = nnx.Optimizer(model, optax.adam(3e-2 if rules else 3e-3), wrt=trained)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_fn(model):
+            total, count = cross_entropy(model, tokens)
+            return total / count
+
+        loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, trained))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    with jax.numpy_dtype_promotion("standard"):
+        losses = [float(step(model, optimizer)) for _ in range(4)]
+    assert losses[-1] < losses[0] - 0.1
+    logits = jax.jit(lambda tokens: model(tokens))(tokens)
+    if rules:
+        save_lora(model, tmp_path / "lora", rules)
+        convert(checkpoints["mxfp4"], tmp_path / "out", to="hf", merge=tmp_path / "lora", quantizer="best")
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "model", nnx.state(model))
+        shutil.copy(checkpoints["float32"] / "config.json", tmp_path / "model")
+        convert(tmp_path / "model", tmp_path / "out", to="hf", quantizer="best")
+    served = values(tmp_path / "out")
+    plain = create_model_from_checkpoint(checkpoints["float32"], dataclasses.replace(cfg, expert_path="scan"))
+    state = dict(nnx.to_flat_state(nnx.state(plain)))
+    kept = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for path, variable in state.items():  # the experts of the export, and the rest as it was trained, not rounded
+        name = ".".join(map(str, path))
+        expert = name.endswith(("gate_up.weight", "down.weight"))
+        value = jnp.asarray(served[name]) if expert or path not in kept else kept[path].get_value().astype(jnp.float32)
+        variable.set_value(value)
+    nnx.update(plain, nnx.from_flat_state(list(state.items())))
+    served_logits = jax.jit(lambda tokens: plain(tokens))(tokens)
+    if rules:  # an update's products are summed in another order: a value on the edge of a code may go to the other one
+        assert jnp.linalg.norm(served_logits - logits) < 1e-3 * jnp.linalg.norm(logits)
+    else:
+        np.testing.assert_array_equal(served_logits, logits)

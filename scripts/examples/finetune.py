@@ -251,19 +251,24 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--length", default=256, show_default=True, type=AT_LEAST_1, help="Tokens a row.")
 @click.option("--learning-rate", default=1e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
 @click.option("--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--experts-qat", type=click.Choice(["best", "ocp", "ceil"]), help="Train for an export with this --quantizer.")
 @click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
-def main(src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, remat):
+def main(
+    src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, experts_qat, remat
+):
     devices = make_mesh(mesh)
     source = None if is_orbax(src) else Checkpoint(src)
     if source is not None:
         source.shards.close()
     cfg = ModelConfig.from_json(src / "config.json") if source is None else source.cfg
     # Experts stay packed for LoRA; what is trained is held in float32, where small steps are not rounded away.
-    cfg = dataclasses.replace(cfg, dtype=np.dtype(compute), remat=remat, param_dtype=None if lora else "float32")
+    cfg = dataclasses.replace(
+        cfg, dtype=np.dtype(compute), remat=remat, param_dtype=None if lora else "float32", experts_qat=experts_qat
+    )
     check_rules(cfg, lora, rank, chosen)
     tokens = tokenize(text, src)
     what = {"source": str(src.resolve()), "text": str(text.resolve()), "lora": list(lora), "rank": rank, "train": chosen}
-    how = {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute}
+    how = {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute, "experts_qat": experts_qat}
     raise_all([*text_faults(text, tokens, length, cfg), *differences(run / "run.json", what | how)])
 
     note(run / "run.json", what | how)
