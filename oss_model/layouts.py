@@ -25,7 +25,8 @@ class Row:
     """One correspondence. `{n}` stands for the layer number.
 
     `before` names the axes of what lies above this parameter along the first axis of a fused tensor:
-    in OpenAI's qkv, the keys start below "(heads dim)" rows.
+    in OpenAI's qkv, the keys start below "(heads dim)" rows. `spread` names an axis that there are tensors of their own
+    for, one for each `{part}`: the experts by number, or the two halves of the gated unit by name.
     """
 
     checkpoint: str
@@ -33,6 +34,7 @@ class Row:
     pattern: str
     before: tuple[str, ...] = ()
     packed: bool = False  # MXFP4 bytes (uint8) rather than floating point
+    spread: str = ""
 
 
 def _attention(name: str, of: dict[str, str]) -> list[Row]:
@@ -87,6 +89,16 @@ _HF_BF16_EXPERTS = (
         "experts hidden (inner glu) -> experts glu inner hidden"),
     Row(f"{_HF}.mlp.experts.down_proj", "layers.{n}.mlp.down.weight", "experts inner hidden -> experts hidden inner"),
 )  # fmt: skip
+_GATE_UP_OUT_IN = "experts (inner glu) hidden -> experts glu inner hidden"
+_DOWN_OUT_IN = "experts hidden inner -> experts hidden inner"
+
+
+def _other_experts(rows: Iterable[Row], change: dict[str, Row]) -> tuple[Row, ...]:
+    """`rows`, those that hold the parameters of `change` replaced: by a part of a layer's name -> row."""
+    names = {f"layers.{{n}}.mlp.{name}": row for name, row in change.items()}
+    return tuple(names.get(row.model, row) for row in rows)
+
+
 _ABOVE = {"q": (), "k": ("(heads dim)",), "v": ("(heads dim)", "(kv dim)")}  # qkv is fused along its rows
 
 
@@ -114,6 +126,65 @@ HF_BF16_MISNAMED = Layout(
     "Hugging Face, bfloat16 with experts named *_blocks",
     _HF_COMMON + tuple(dataclasses.replace(row, checkpoint=row.checkpoint + "_blocks") for row in _HF_BF16_EXPERTS),
 )
+# What torchtitan saves: the same names, and the experts as they are stored for W·x. The shape of gate_up tells.
+TORCHTITAN = Layout(
+    "torchtitan",
+    "torchtitan's, bfloat16 with experts [out, in] named *_blocks",
+    _other_experts(
+        _HF_COMMON + _HF_BF16_EXPERTS,
+        {
+            "gate_up.weight": Row(f"{_HF}.mlp.experts.gate_up_proj_blocks", "layers.{n}.mlp.gate_up.weight", _GATE_UP_OUT_IN),
+            "down.weight": Row(f"{_HF}.mlp.experts.down_proj_blocks", "layers.{n}.mlp.down.weight", _DOWN_OUT_IN),
+        },
+    ),
+)
+
+
+def _each(name: str, model: str, pattern: str) -> Row:
+    return Row(f"{_HF}.mlp.experts.{name}", f"layers.{{n}}.mlp.{model}", pattern, spread="experts")
+
+
+# unsloth's unfused class: a linear map an expert, its rows interleaved as everywhere.
+UNSLOTH = Layout(
+    "unsloth",
+    "unsloth's, bfloat16 with a tensor an expert",
+    _other_experts(
+        _HF_COMMON + _HF_BF16_EXPERTS,
+        {
+            "gate_up.weight": _each("gate_up_projs.{part}.weight", "gate_up.weight", _GATE_UP_OUT_IN),
+            "gate_up.bias": _each("gate_up_projs.{part}.bias", "gate_up.bias", _GATE_UP_BIAS),
+            "down.weight": _each("down_projs.{part}.weight", "down.weight", _DOWN_OUT_IN),
+            "down.bias": _each("down_projs.{part}.bias", "down.bias", _DOWN_BIAS),
+            "router.weight": Row(
+                f"{_HF}.mlp.router.linear.weight", "layers.{n}.mlp.router.weight", "experts hidden -> experts hidden"
+            ),
+            "router.bias": Row(f"{_HF}.mlp.router.linear.bias", "layers.{n}.mlp.router.bias", "experts -> experts"),
+        },
+    ),
+)
+
+
+def _halves(leaf: str, axes: str) -> Row:
+    return Row(f"{_HF}.mlp.experts.{{part}}_proj.{leaf}", f"layers.{{n}}.mlp.gate_up.{leaf}", f"{axes} -> {axes}", spread="glu")
+
+
+MLX = Layout(
+    "mlx",
+    "mlx-lm's, bfloat16 with gate and up apart",
+    _other_experts(
+        _HF_COMMON + _HF_BF16_EXPERTS,
+        {
+            "gate_up.weight": _halves("weight", "experts glu inner hidden"),
+            "gate_up.bias": _halves("bias", "experts glu inner"),
+            "down.weight": Row(
+                f"{_HF}.mlp.experts.down_proj.weight",
+                "layers.{n}.mlp.down.weight",
+                "experts hidden inner -> experts hidden inner",
+            ),
+            "down.bias": Row(f"{_HF}.mlp.experts.down_proj.bias", "layers.{n}.mlp.down.bias", _DOWN_BIAS),
+        },
+    ),
+)
 OPENAI = Layout(
     "openai",
     "OpenAI original",
@@ -136,7 +207,7 @@ OPENAI = Layout(
         Row("unembedding.weight", "lm_head.weight", "vocab hidden -> vocab hidden"),
     ),
 )
-LAYOUTS = {layout.name: layout for layout in (HF_MXFP4, HF_BF16, HF_BF16_MISNAMED, OPENAI)}
+LAYOUTS = {layout.name: layout for layout in (HF_MXFP4, HF_BF16, HF_BF16_MISNAMED, OPENAI, TORCHTITAN, UNSLOTH, MLX)}
 
 
 def _as_the_model(layout: Layout, title: str) -> Layout:
@@ -167,6 +238,15 @@ class Entry:
     packed: bool
     axes: dict[str, int]
     start: int  # first row of this parameter in the checkpoint's tensor; not 0 only in a fused tensor
+    spread: str = ""  # an axis that there are tensors of their own for
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that hold it: one, or those along `spread`."""
+        if not self.spread:
+            return [self.checkpoint]
+        parts = ("gate", "up") if self.spread == "glu" else range(self.axes[self.spread])
+        return [self.checkpoint.format(part=part) for part in parts]
 
     def _shape(self, side: int) -> tuple[int, ...]:
         return tuple(math.prod(self.axes[a] for a in group) for group in _groups(self.pattern.split("->")[side]))
@@ -219,12 +299,13 @@ def entries(layout: Layout, cfg: ModelConfig) -> list[Entry]:
     expanded += [(row, None) for row in last]
     return [
         Entry(
-            checkpoint=row.checkpoint.format(n=n),
+            checkpoint=row.checkpoint.format(n=n, part="{part}"),
             model=row.model.format(n=n),
             pattern=row.pattern,
             packed=row.packed,
             axes=axes,
             start=sum(math.prod(axes[a] for a in _groups(group)[0]) for group in row.before),
+            spread=row.spread,
         )
         for row, n in expanded
     ]
@@ -234,6 +315,10 @@ def checkpoint_shapes(layout: Layout, cfg: ModelConfig) -> dict[str, tuple[int, 
     """Name -> shape of every tensor a complete checkpoint has; parts of a fused tensor are added up along its rows."""
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in entries(layout, cfg):
+        if entry.spread:
+            axis, shape = entry.order.index(entry.spread), entry.checkpoint_shape  # no group is before it
+            shapes |= dict.fromkeys(entry.tensors, (*shape[:axis], *shape[axis + 1 :]))
+            continue
         above = shapes.get(entry.checkpoint, (0,))[0]
         shapes[entry.checkpoint] = (above + entry.checkpoint_shape[0], *entry.checkpoint_shape[1:])
     return shapes
@@ -264,12 +349,17 @@ def recognise(tensors: dict[str, tuple[tuple[int, ...], str]]) -> Layout | None:
         return OPENAI
     if not any(name.startswith("model.layers.") for name in tensors):
         return None
+    for part, layout in ((".mlp.experts.gate_up_projs.", UNSLOTH), (".mlp.experts.gate_proj.", MLX)):
+        if any(part in name for name in tensors):
+            return layout
     blocks = [(shape, dtype) for name, (shape, dtype) in tensors.items() if name.endswith("_proj_blocks")]
     if not blocks:
         return HF_BF16
     if any(name.endswith("_proj_scales") for name in tensors) or any(dtype == "U8" for _, dtype in blocks):
         return HF_MXFP4
-    return HF_BF16_MISNAMED
+    hidden = tensors.get("model.embed_tokens.weight", ((), ""))[0][-1:]
+    gate_up = next((shape for name, (shape, _) in tensors.items() if name.endswith("gate_up_proj_blocks")), ())
+    return TORCHTITAN if gate_up[-1:] == hidden != gate_up[1:2] else HF_BF16_MISNAMED
 
 
 def check(tensors: dict[str, tuple[tuple[int, ...], str]], layout: Layout, cfg: ModelConfig, where: str) -> list[str]:

@@ -155,6 +155,13 @@ class Checkpoint:
             faults += e.faults
         raise_all(faults)
         raise_all(layouts.check(self.shards.signature(), self.layout, self.cfg, str(self.directory)))
+        raise_all(
+            [
+                f"{self.directory}: {entry.checkpoint}: expected one dtype, found {' and '.join(sorted(kinds))}"
+                for entry in self.entries()
+                if len(kinds := {self.shards.tensors[name].dtype for name in entry.tensors}) > 1
+            ]
+        )
 
     def close(self) -> None:
         self.shards.close()
@@ -167,8 +174,8 @@ class Checkpoint:
         return 1
 
     def files_of(self, entry: layouts.Entry) -> list[Path]:
-        """That the parameter of `entry` is in."""
-        return [self.shards.tensors[entry.checkpoint].file]
+        """Those that the parameter of `entry` is in."""
+        return sorted({self.shards.tensors[name].file for name in entry.tensors})
 
     @property
     def files(self) -> list[Path]:
@@ -177,12 +184,20 @@ class Checkpoint:
 
     def dtype(self, entry: layouts.Entry) -> np.dtype:
         """As the parameter of `entry` is stored."""
-        return _DTYPES[self.shards.tensors[entry.checkpoint].dtype]
+        return _DTYPES[self.shards.tensors[entry.tensors[0]].dtype]
 
     def read(self, entry: layouts.Entry, rows: slice = slice(None), buffer: np.ndarray | None = None) -> np.ndarray:
         """The parameter of `entry` (or a run along its first axis) in the checkpoint's shape and dtype."""
         start, stop, _ = rows.indices(entry.checkpoint_shape[0])
+        if entry.spread:
+            return self._read_spread(entry, slice(start, stop))
         return self.shards.read(entry.checkpoint, slice(entry.start + start, entry.start + stop), buffer)
+
+    def _read_spread(self, entry: layouts.Entry, rows: slice) -> np.ndarray:
+        axis = entry.order.index(entry.spread)
+        if axis == 0:
+            return np.stack([self.shards.read(name) for name in entry.tensors[rows]])
+        return np.stack([self.shards.read(name, rows) for name in entry.tensors], axis)
 
 
 def _recognise(shards: Shards) -> layouts.Layout:

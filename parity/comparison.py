@@ -107,10 +107,11 @@ def compare(
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
         from parity.candidate import Candidate
-        from parity.stored import arranged, compare_stored
+        from parity.stored import arranged, compare_stored, layout_faults
 
         if isinstance(source, str | Path):
             source, checkpoint = arranged(Path(source), Path(checkpoint))
+            raise_all(layout_faults(source))
             if is_orbax(source):
                 return compare_stored(source, checkpoint, seed=seed, expect_changed=expect_changed, progress=progress)
         made_from = Path(source) if isinstance(source, str | Path) else None

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from oss_model import layouts
 from oss_model.memory import peak_rss
 from oss_model.params import is_orbax
+from oss_model.shards import Shards
 from parity import configs, metrics
 from parity.candidate import Candidate
 from parity.reports.report import STORED, Report, Weight
@@ -21,6 +23,17 @@ def arranged(source: Path, checkpoint: Path) -> tuple[Path, Path]:
     if is_orbax(source) and not is_orbax(checkpoint) and any(checkpoint.glob("*.safetensors")):
         return checkpoint, source
     return source, checkpoint
+
+
+def layout_faults(source: Path) -> list[str]:
+    """A line for safetensors in a layout that transformers does not load, or would load wrongly."""
+    layout = None if is_orbax(source) else layouts.recognise(Shards(source).signature())
+    if layout not in (layouts.TORCHTITAN, layouts.UNSLOTH, layouts.MLX):
+        return []
+    return [
+        f"{source}: expected a layout that transformers loads, found {layout.title}; convert-oss {source} OUT --to hf-bf16 "
+        "makes one with the same values: give that as SRC"
+    ]
 
 
 def compare_stored(
