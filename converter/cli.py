@@ -35,10 +35,10 @@ def _shared_options(command: Callable) -> Callable:
 @click.argument("destination", metavar="DST", type=click.Path())
 @click.option(
     "--to",
-    type=click.Choice(["orbax", "hf", "hf-bf16", "openai"]),
+    type=click.Choice(["orbax", "hf", "hf-bf16", "openai", "orbax-lora", "peft"]),
     default="orbax",
     show_default=True,
-    help="What is written: Orbax, or safetensors: Hugging Face's MXFP4, its bfloat16, or OpenAI's.",
+    help="What is written: Orbax; Hugging Face's MXFP4, its bfloat16, or OpenAI's safetensors; LoRA updates, ours or PEFT's.",
 )
 @click.option(
     "--dtype",
@@ -51,7 +51,8 @@ def _shared_options(command: Callable) -> Callable:
     help="How experts' values become MXFP4, which loses something; never without this. best: the smallest error.",
 )
 @click.option("--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes.")
-@click.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, as save_lora wrote them.")
+@click.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, ours or PEFT's.")
+@click.option("--base", metavar="DIR", type=click.Path(), help="The model that LoRA updates are of (--to orbax-lora, peft).")
 @click.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
 @click.option("--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
@@ -81,6 +82,11 @@ def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_m
     def run() -> int:
         from oss_model.memory import parse_size
 
+        if form["to"] in ADAPTERS or form["base"]:
+            return _convert_adapter(
+                src, destination, form, dry_run or overwrite or process != (1, 1) or max_memory, as_json, quiet
+            )
+        form.pop("base")
         dst = _usable(src, destination)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
         if dry_run:
@@ -108,6 +114,26 @@ def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_m
         return 0
 
     return _guarded(run, as_json)
+
+
+ADAPTERS = ("orbax-lora", "peft")
+
+
+def _convert_adapter(src: str, destination: str, form: dict, unusable: object, as_json: bool, quiet: bool) -> int:
+    from converter.adapters import convert_adapter
+
+    to, base = form.pop("to"), form.pop("base")
+    if to not in ADAPTERS:
+        raise InputError(f"--base: expected --to {' or '.join(ADAPTERS)}, found {to}")
+    if unusable or any(form.values()):
+        raise InputError(f"--to {to}: expected no option but --base, --json and -q, found others; updates are written whole")
+    raise_all(place_faults(destination))
+    names = convert_adapter(Path(src), Path(destination), to, Path(base) if base else None)
+    if as_json:
+        click.echo(json.dumps({"status": "complete", "source": src, "destination": destination, "to": to, "modules": names}))
+    elif not quiet:
+        click.echo(f"{destination}: updates of {len(names)} linear maps", err=True)
+    return 0
 
 
 def _usable(src: str, destination: str) -> Path:

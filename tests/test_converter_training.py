@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,116 @@ def test_updates_of_experts_are_added_to_values_and_packed_again(checkpoints, so
         close(ours[name], value, name)
     assert (
         convert(checkpoints["mxfp4"], tmp_path / "values", to="hf-bf16", merge=tmp_path / "lora").status == "already-complete"
+    )
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------
+
+MODULES = ["q_proj", "v_proj", "o_proj", "lm_head"]
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"]
+
+
+# peft asks transformers for what it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def peft_logits(base, adapter, tokens):
+    import torch
+    from peft import PeftModel
+    from transformers import GptOssForCausalLM
+
+    model = GptOssForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, adapter)(torch.from_numpy(tokens)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def theirs(sources, tmp_path_factory):
+    """What peft saves of a model of transformers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GptOssForCausalLM
+
+    model = GptOssForCausalLM.from_pretrained(sources["hf-bf16"], dtype=torch.float32)
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 9}}
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=MODULES, target_parameters=PARAMETERS, **patterns)
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    out = tmp_path_factory.mktemp("peft") / "adapter"
+    adapted.save_pretrained(out, save_embedding_layers=True)  # as it does by itself where the ends are adapted, with a warning
+    return out
+
+
+def test_an_adapter_of_pefts_is_ours_and_back(theirs, sources, checkpoints, cfg, tmp_path, prompt):
+    """Logits in transformers with peft, and here, by what is loaded, by what is merged, and by what is written back."""
+    wanted = peft_logits(sources["hf-bf16"], theirs, prompt)
+    assert main([str(theirs), str(tmp_path / "ours"), "--to", "orbax-lora", "--base", str(sources["hf"])]) == 0
+    model = create_model_from_checkpoint(checkpoints["mxfp4"], cfg)
+    assert len(load_lora(model, tmp_path / "ours")) == 5 * 6 + 1
+    np.testing.assert_allclose(model(jnp.asarray(prompt)), wanted, atol=2e-4)
+    assert main([str(tmp_path / "ours"), str(tmp_path / "peft"), "--to", "peft", "--base", str(sources["hf-bf16"])]) == 0
+    np.testing.assert_allclose(peft_logits(sources["hf-bf16"], tmp_path / "peft", prompt), wanted, atol=1e-6)
+    convert(sources["hf"], tmp_path / "merged", "float32", to="hf-bf16", merge=theirs)
+    merged = create_model_from_checkpoint(tmp_path / "merged", cfg)
+    np.testing.assert_allclose(merged(jnp.asarray(prompt)), wanted, atol=2e-4)
+    assert np.abs(wanted - np.asarray(create_model_from_checkpoint(checkpoints["mxfp4"], cfg)(jnp.asarray(prompt)))).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "use_dora: only False is implemented, found True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: only None is implemented, found ['lm_head']"),
+        ({"peft_type": "LOHA"}, "peft_type: only 'LORA' is implemented, found 'LOHA'"),
+        ({"zz_new": 1}, "zz_new: not a key of LoRA that is known here; it may change the updates"),
+        ({"r": None}, "expected r and lora_alpha, found None, 5"),
+    ],
+)
+def test_what_is_not_lora_is_refused_by_its_key(theirs, sources, tmp_path, capsys, change, said):
+    other = shutil.copytree(theirs, tmp_path / "other")
+    about = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(about | change))
+    assert main([str(other), str(tmp_path / "out"), "--to", "orbax-lora", "--base", str(sources["hf"])]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_tensor_of_an_adapter_is_read_or_refused(theirs, sources, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+
+    tensors_of = load_file(theirs / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.0"
+
+    def refused(change) -> str:
+        other = tmp_path / "other"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(theirs, other)
+        again = dict(tensors_of)
+        change(again)
+        save_file(again, other / "adapter_model.safetensors")
+        assert main([str(other), str(tmp_path / "out"), "--to", "orbax-lora", "--base", str(sources["hf"])]) == 2
+        return capsys.readouterr().err
+
+    one = np.ones((3, 96), np.float32)
+    assert "magnitude: expected lora_A or lora_B of a linear map" in refused(lambda t: t.update({f"{layer}.magnitude": one}))
+    strange = {f"{layer}.mlp.experts.3.gate_proj.lora_{part}.weight": one for part in "AB"}
+    assert "3.gate_proj: expected a linear map of gpt-oss in transformers" in refused(lambda t: t.update(strange))
+    assert "expected lora_A and lora_B, found one" in refused(lambda t: t.pop(f"{layer}.self_attn.q_proj.lora_A.weight"))
+    assert "expected shapes [(4, 96)" in refused(
+        lambda t: t.update({f"{layer}.mlp.router.lora_B.weight": np.ones((9, 4), np.float32)})
+    )
+    changed = {"base_model.model.lm_head.base_layer.weight": np.ones((509, 96), np.float32)}
+    assert "expected the model's own lm_head.weight, found another" in refused(lambda t: t.update(changed))
+    assert main([str(theirs), str(tmp_path / "out"), "--to", "peft", "--quantizer", "best"]) == 2
+    assert "expected no option but --base" in capsys.readouterr().err
+    assert main([str(sources["hf"]), str(tmp_path / "out"), "--to", "peft"]) == 2
+    assert (
+        "expected LoRA updates (adapter_config.json of PEFT, or lora.json of save_lora), found neither"
+        in capsys.readouterr().err
     )
 
 
