@@ -145,7 +145,7 @@ _HARMLESS = {"auto_mapping", "base_model_name_or_path", "corda_config", "ensure_
 
 
 def _read_peft(directory: Path, cfg: ModelConfig, value: Callable[[str], np.ndarray] | None) -> dict[str, Update]:
-    about, tensors = _peft_config(directory), _peft_tensors(directory)
+    about, tensors = peft_config(directory), peft_tensors(directory)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     faults = []
     for name, tensor in tensors.items():
@@ -180,7 +180,11 @@ def _read_peft(directory: Path, cfg: ModelConfig, value: Callable[[str], np.ndar
     return updates
 
 
-def _peft_config(directory: Path) -> dict[str, Any]:
+def peft_config(directory: Path) -> dict[str, Any]:
+    """
+    Raises:
+      InputError: naming every key that is unknown, or asks for something that is not implemented.
+    """
     try:
         about = dict(json.loads((directory / CONFIG).read_bytes()))
         faults = []
@@ -201,7 +205,11 @@ def _peft_config(directory: Path) -> dict[str, Any]:
     return about
 
 
-def _peft_tensors(directory: Path) -> dict[str, np.ndarray]:
+def peft_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """
+    Raises:
+      InputError: if there are none, or they are damaged.
+    """
     import ml_dtypes  # noqa: F401  so that safetensors knows bfloat16
 
     path = directory / TENSORS
@@ -227,11 +235,16 @@ def _changed(directory: Path, name: str, tensor: np.ndarray, value: Callable[[st
     ]
 
 
+def peft_value(about: Mapping[str, Any], what: str, module: str) -> float:
+    """`r` or `lora_alpha` of a module, by the patterns that adapter_config.json has for some."""
+    patterns = about.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[what]) or {}
+    key = next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+    return about[what] if key is None else patterns[key]
+
+
 def _alpha(about: Mapping[str, Any], module: str, rank: int) -> float:
     """Such that alpha / rank is PEFT's scaling of this module."""
-    patterns = about.get("alpha_pattern") or {}
-    key = next((key for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), None)
-    alpha = float(about["lora_alpha"] if key is None else patterns[key])
+    alpha = float(peft_value(about, "lora_alpha", module))
     return alpha * math.sqrt(rank) if about.get("use_rslora") else alpha
 
 

@@ -210,6 +210,32 @@ def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
     return _guarded(run, as_json)
 
 
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("path", type=click.Path())
+@click.option(
+    "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
+)
+def _inspect_oss(path, json_file) -> int:
+    """What is PATH, and what can be done with it?
+
+    A directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved, or LoRA
+    updates, ours or PEFT's. Nothing is written but what --json asks for.
+
+    Example:
+
+        inspect-oss gpt-oss-20b
+    """
+    from converter.inspection import describe, inspect
+    from oss_model.memory import size
+
+    found = inspect(path)
+    if json_file is not None:
+        json_file.write(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    if json_file is None or json_file.name != "-":
+        click.echo(describe(found, size))
+    return 0
+
+
 def _guarded(run: Callable[[], int], as_json: bool) -> int:
     """Run; where that fails, say so in JSON too, if JSON is asked for."""
     try:
@@ -227,6 +253,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify_main(argv: list[str] | None = None) -> int:
     return run_click(_verify_oss, "verify-oss", argv)
+
+
+def inspect_main(argv: list[str] | None = None) -> int:
+    return run_click(_inspect_oss, "inspect-oss", argv)
 
 
 if __name__ == "__main__":
