@@ -1,7 +1,6 @@
 """Work in parallel, results in the calling thread, and an orderly end whatever happens."""
 
 import contextlib
-import os
 import queue
 import signal
 import threading
@@ -10,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2  # macOS has no affinity
+from oss_model.memory import CORES
+
 WORKERS = max(2, min(8, CORES))
 PATIENCE = 1.0  # seconds, for a thread that hangs in the system when nobody waits for its result any more
 

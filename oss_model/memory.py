@@ -1,15 +1,18 @@
-"""How much memory this process has taken, what is left, and how to tell that it ran out."""
+"""What this process may use: its cores; how much memory it has taken, what is left, and how to tell that it ran out."""
 
 import contextlib
 import ctypes
 import errno
 import gc
+import os
 import re
 import sys
 from pathlib import Path
 
 from oss_model.errors import InputError, system_errno
 
+# That this process may run on; macOS has no affinity.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 

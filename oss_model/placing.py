@@ -6,7 +6,6 @@ part of one too, since a part has no checksum.
 
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from oss_model.errors import InputError, raise_all
+from oss_model.memory import CORES
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2  # macOS has no affinity
 WORKERS = max(2, min(4, CORES))  # of 16 cores, 4 read faster than 8 or 16: they wait for each other's page faults
 LARGE = 1 << 20  # bytes, of memory that is worth pages of its own
 
