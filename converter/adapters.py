@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 
 from converter.errors import Different
 from converter.orbax_source import stored_arrays
-from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.files import sync, write_file
+from oss_model.layouts import linear_maps, lora_shapes
 
 NOTE, CONFIG, TENSORS = "lora.json", "adapter_config.json", "adapter_model.safetensors"
 TOP = "base_model.model."
@@ -82,7 +82,7 @@ def _read_ours(directory: Path, cfg: ModelConfig) -> dict[str, Update]:
     updates = {}
     for name, about in noted.items():
         pair = [found.get(f"{name}.lora.{part}") for part in "ab"]
-        if shapes_of(name, cfg, 1) is None:
+        if name not in linear_maps(cfg):
             faults.append(f"{directory}: {name}: expected a linear map of the model, found none of this name")
             continue
         if None in pair:
@@ -113,19 +113,8 @@ def write_ours(directory: Path, updates: Mapping[str, Update]) -> None:
     write_file(directory / NOTE, json.dumps({"rules": [], "updates": noted}, indent=1).encode())
 
 
-def shapes_of(name: str, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Of A and B: the axes of W, those of its input to A and the others to B. None: there is no such linear map."""
-    shape = {entry.model: entry.model_shape for entry in layouts.entries(layouts.ORBAX, cfg)}.get(f"{name}.weight")
-    if shape is None or name == "embedding":
-        return None
-    inputs = 2 if name.endswith("o_proj") else 1
-    lead = shape[:1] if name.endswith(("gate_up", "down")) else ()
-    return (*lead, rank, *shape[len(shape) - inputs :]), (*shape[: len(shape) - inputs], rank)
-
-
 def _misfit(directory: Path, name: str, cfg: ModelConfig, a: tuple[int, ...], b: tuple[int, ...], rank: int) -> list[str]:
-    wanted = shapes_of(name, cfg, rank)
-    assert wanted is not None
+    wanted = lora_shapes(name, cfg, rank)
     return [] if (a, b) == wanted else [f"{directory}: {name}: expected shapes {list(wanted)}, found {[a, b]}"]
 
 
@@ -169,7 +158,7 @@ def _read_peft(directory: Path, cfg: ModelConfig, value: Callable[[str], np.ndar
             continue
         experts = cfg.num_experts if name.endswith(("gate_up", "down")) else 1
         rank, rest = divmod(pair["B"].shape[1], experts)
-        a, b = shapes_of(name, cfg, rank) or ((), ())
+        a, b = lora_shapes(name, cfg, rank)
         each = max(1, experts * rank)
         wanted = [(experts * rank, math.prod(a) // each), (math.prod(b) // each, rank * experts)]
         if rest or [pair["A"].shape, pair["B"].shape] != wanted:
@@ -269,8 +258,7 @@ def _from_peft(name: str, a: np.ndarray, b: np.ndarray, cfg: ModelConfig, alpha:
         glu = 2 if name.endswith("gate_up") else 1
         b = einops.rearrange(b, "(o glu) (r e) -> e glu o r", e=cfg.num_experts, glu=glu)
         return Update(a, np.ascontiguousarray(b if glu == 2 else b[:, 0]), alpha)
-    shapes = shapes_of(name, cfg, len(a))
-    assert shapes is not None
+    shapes = lora_shapes(name, cfg, len(a))
     return Update(a.reshape(shapes[0]), b.reshape(shapes[1]), alpha)
 
 

@@ -6,6 +6,7 @@ the axes come from `ModelConfig.axes`, so every row knows the shape it expects o
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -338,6 +339,21 @@ def parameters(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of every parameter of `Transformer(cfg)`: what an Orbax checkpoint of it holds."""
     floating = FLOAT32 if cfg.param_dtype == "float32" else BFLOAT16
     return {e.model: (e.model_shape, UINT8 if e.packed else floating) for e in _model_entries(cfg)}
+
+
+@functools.lru_cache(maxsize=8)
+def linear_maps(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weight of every linear map, which LoRA can adapt."""
+    weights = {e.model.removesuffix(".weight"): e.model_shape for e in entries(ORBAX, cfg) if e.model.endswith(".weight")}
+    return {name: shape for name, shape in weights.items() if name != "embedding"}
+
+
+def lora_shapes(name: str, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of A and B of the map `name`: the axes of its input go to A, the others to B; an expert has its own."""
+    shape = linear_maps(cfg)[name]
+    outputs = len(shape) - (2 if name.endswith("o_proj") else 1)
+    experts = shape[:1] if name.endswith((".gate_up", ".down")) else ()
+    return (*experts, rank, *shape[outputs:]), (*shape[:outputs], rank)
 
 
 # --- recognising and checking a checkpoint ----------------------------------------------------------------------

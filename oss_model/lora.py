@@ -26,7 +26,7 @@ from oss_model.errors import InputError, raise_all
 from oss_model.experts import ExpertLinear
 from oss_model.files import write_file
 from oss_model.layers import Linear, LowRank, contract
-from oss_model.layouts import parameter_name
+from oss_model.layouts import lora_shapes, parameter_name
 from oss_model.modeling import Transformer
 from oss_model.params import stored_parameters
 from oss_model.restoring import restoring
@@ -56,8 +56,8 @@ def add_lora(
       InputError: for every rule that matches nothing, or only routers, and for a rank below 1.
     """
     adapted = select(model, rules, rank)
-    for module in adapted.values():
-        _add(module, model.cfg, rank, rank if alpha is None else alpha, rngs)
+    for name, module in adapted.items():
+        _add(module, lora_shapes(name, model.cfg, rank), model.cfg, rank if alpha is None else alpha, rngs)
     return list(adapted)
 
 
@@ -158,11 +158,13 @@ def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
             faults.append(f"{path / NOTE}: expected the rank and alpha of {name}, found neither")
         else:
             shapes = [found.get(name + end, ((), None))[0] for end in ends]
-            if shapes != [(want := shapes_of(modules[name], model.cfg, rank))[0], want[1]]:
+            if shapes != [(want := lora_shapes(name, model.cfg, rank))[0], want[1]]:
                 faults.append(f"{path}: {name}: expected shapes {list(want)}, found {shapes}")
     raise_all(faults)
     for name, rank in ranks.items():
-        _add(modules[name], model.cfg, rank, rank if before else noted[name]["alpha"], nnx.Rngs(0))
+        _add(
+            modules[name], lora_shapes(name, model.cfg, rank), model.cfg, rank if before else noted[name]["alpha"], nnx.Rngs(0)
+        )
     state = nnx.state(model, nnx.LoRAParam)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     like = named_before(like) if before else like
@@ -215,20 +217,11 @@ def _adapted(module: Adaptable) -> bool:
     return module.lora is not None
 
 
-def shapes_of(module: Adaptable, cfg: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of A and B."""
-    if isinstance(module, ExpertLinear):
-        experts, *out = module.bias.shape
-        return (experts, rank, cfg.axes[module.width]), (experts, *out, rank)
-    out, inputs = module.weight.shape[: -module.inputs], module.weight.shape[-module.inputs :]
-    return (rank, *inputs), (*out, rank)
-
-
-def _add(module: Adaptable, cfg: ModelConfig, rank: int, alpha: float | int, rngs: nnx.Rngs) -> None:
+def _add(module: Adaptable, shapes: tuple[tuple[int, ...], ...], cfg: ModelConfig, alpha: float | int, rngs: nnx.Rngs) -> None:
     """A from a normal distribution of variance 1 / in, B zero (§4.1), on the mesh that the module is on."""
     expert = isinstance(module, ExpertLinear)
-    value, shapes = (module.bias if expert else module.weight).get_value(), shapes_of(module, cfg, rank)
-    placed = value.sharding
+    value = (module.bias if expert else module.weight).get_value()
+    placed, rank = value.sharding, shapes[1][-1]
     inputs = math.prod(shapes[0]) // rank // (shapes[0][0] if expert else 1)
     where = None
     if isinstance(placed, NamedSharding):

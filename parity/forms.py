@@ -27,8 +27,8 @@ from flax import nnx
 
 from oss_model import ModelConfig, Transformer, add_lora, create_model_from_checkpoint, generate, init_cache, merge_lora
 from oss_model.cache import EMPTY
-from oss_model.layouts import parameter_name
-from oss_model.lora import select, shapes_of
+from oss_model.layouts import lora_shapes, parameter_name
+from oss_model.lora import select
 from oss_model.params import as_stored, is_orbax
 from oss_model.scanned import scanned
 from oss_model.shards import Checkpoint
@@ -281,8 +281,8 @@ def updates(cfg: ModelConfig, seed: int = 0) -> Updates:
     """A low-rank update of every map that the rules match, by module: A [rank, in…] and B [out…, rank], of experts each."""
     modules = select(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))), LORA_RULES, LORA_RANK)
     found = {}
-    for number, (name, module) in enumerate(modules.items()):
-        rng, (a, b) = np.random.default_rng([seed, number]), shapes_of(module, cfg, LORA_RANK)
+    for number, name in enumerate(modules):
+        rng, (a, b) = np.random.default_rng([seed, number]), lora_shapes(name, cfg, LORA_RANK)
         inputs = math.prod(a[2:] if name.endswith(("gate_up", "down")) else a[1:])
         values = rng.standard_normal(a) * inputs**-0.5, rng.standard_normal(b) * 0.1
         found[name] = values[0].astype(np.float32), values[1].astype(np.float32)
