@@ -115,15 +115,21 @@ class Chunk:
 
     @property
     def path(self) -> str:
-        """Of its file in the checkpoint's directory, by zarr's default key encoding; a part of a file has a name alone."""
+        """What the journal calls it: its file in the checkpoint's directory, by zarr's default key encoding, or a name."""
         if self.target.place:
             return f"{self.target.name}#{self.index}"
         return "/".join((self.target.directory, "c", str(self.index), *("0" for _ in self.target.shape[1:])))
 
     @property
-    def offset(self) -> int:
-        """In its file, of safetensors."""
-        assert self.target.place
+    def file(self) -> str:
+        """That it is in, in the checkpoint's directory."""
+        return self.target.place.file if self.target.place else self.path
+
+    @property
+    def offset(self) -> int | None:
+        """In its file; None: it is all of the file, with a checksum."""
+        if not self.target.place:
+            return None
         return self.target.place.offset + self.span.start * (self.target.values_nbytes // self.target.length)
 
     @property

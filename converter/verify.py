@@ -11,7 +11,7 @@ import xxhash
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import Chunk
 from converter.threads import still_wanted
-from oss_model.files import advise, read_all
+from oss_model.files import advise
 from oss_model.zarr import ChunkFile, DamagedChunk
 
 AGAIN = "convert again"
@@ -29,7 +29,7 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
     """
     where = f"{directory}: {chunk.target.name}: {chunk.path}"
     try:
-        with _open(directory, chunk) as file:
+        with ChunkFile(directory / chunk.file, chunk.values_nbytes, chunk.offset) as file:
             digest, offset = xxhash.xxh3_128(), 0
             for piece, nbytes in _expected(chunk, pieces):
                 still_wanted()
@@ -44,41 +44,6 @@ def check_chunk(directory: Path, chunk: Chunk, pieces: Pieces | None, buffer: np
             return digest.digest(), None
     except DamagedChunk as e:
         return b"", f"{where}: {e}; {AGAIN}"
-
-
-class _PartOfAFile:
-    """A `ChunkFile` without a checksum: of safetensors, which have none. The hashes of conversion.json are all there is."""
-
-    def __init__(self, path: Path, offset: int, nbytes: int):
-        try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise DamagedChunk(f"{path.name} is missing") from None
-        self._at = offset
-        if (size := os.fstat(self._fd).st_size) < offset + nbytes:
-            os.close(self._fd)
-            raise DamagedChunk(f"expected {path.name} to have {offset + nbytes} bytes and more, found {size}")
-
-    def __enter__(self) -> "_PartOfAFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._fd)
-
-    def read(self, out: np.ndarray) -> None:
-        try:
-            read_all(self._fd, out, self._at)
-        except EOFError as e:
-            raise OSError(f"file {e} while it was read") from None
-        self._at += len(out)
-
-    def check(self) -> None: ...
-
-
-def _open(directory: Path, chunk: Chunk) -> ChunkFile | _PartOfAFile:
-    if chunk.target.place:
-        return _PartOfAFile(directory / chunk.target.place.file, chunk.offset, chunk.values_nbytes)
-    return ChunkFile(directory / chunk.path, chunk.values_nbytes)
 
 
 def a_line_a_tensor(directory: Path, wrong: list[tuple[Chunk, str]]) -> list[str]:
@@ -102,8 +67,8 @@ def from_disk(directory: Path, chunks: list[Chunk], ahead: int = 2) -> Iterator[
         if number < len(chunks):
             with contextlib.suppress(OSError):  # a missing file is for `check_chunk` to report
                 chunk = chunks[number]
-                part = (chunk.offset, chunk.nbytes) if chunk.target.place else (0, 0)
-                fd = os.open(directory / (chunk.target.place.file if chunk.target.place else chunk.path), os.O_RDONLY)
+                part = chunk.offset or 0, chunk.nbytes
+                fd = os.open(directory / chunk.file, os.O_RDONLY)
                 advise(fd, "DONTNEED", *part)  # forgets what is in memory and on the disk
                 advise(fd, "WILLNEED", *part)  # starts reading
                 os.close(fd)

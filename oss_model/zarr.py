@@ -29,19 +29,23 @@ class DamagedChunk(Exception):
 class ChunkFile:
     """The file of a chunk, read from its start to its end: `read` as often as there are pieces, then `check`.
 
+    Args:
+      offset: of a chunk that is a part of a file, as of safetensors, and has no checksum. None: it is all of the file.
+
     Raises:
       DamagedChunk: if it is missing or has not the size that its values and their checksum need.
     """
 
-    def __init__(self, path: Path, nbytes: int):
+    def __init__(self, path: Path, nbytes: int, offset: int | None = None):
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise DamagedChunk("missing") from None
-        self._at, self._crc = 0, 0
-        if (size := os.fstat(self._fd).st_size) != nbytes + CHECKSUM_BYTES:
+            raise DamagedChunk("missing" if offset is None else f"{path.name} is missing") from None
+        self._at, self._crc, self._has_checksum = offset or 0, 0, offset is None
+        size, wanted = os.fstat(self._fd).st_size, nbytes + (CHECKSUM_BYTES if offset is None else offset)
+        if size < wanted or (offset is None and size != wanted):
             os.close(self._fd)
-            raise DamagedChunk(f"expected {nbytes + CHECKSUM_BYTES} bytes, found {size}")
+            raise DamagedChunk(f"expected {wanted} bytes{'' if offset is None else f' of {path.name}, or more'}, found {size}")
 
     def __enter__(self) -> "ChunkFile":
         return self
@@ -52,7 +56,8 @@ class ChunkFile:
     def read(self, out: np.ndarray) -> None:
         """The next values, into `out` (uint8, flat)."""
         self._fill(out)
-        self._crc = crc32c(self._crc, out)
+        if self._has_checksum:
+            self._crc = crc32c(self._crc, out)
 
     def check(self) -> None:
         """After the last value.
@@ -60,6 +65,8 @@ class ChunkFile:
         Raises:
           DamagedChunk: if the checksum is that of other values.
         """
+        if not self._has_checksum:
+            return
         checksum = np.empty(CHECKSUM_BYTES, np.uint8)
         self._fill(checksum)
         if checksum.tobytes() != self._crc.to_bytes(CHECKSUM_BYTES, "little"):
