@@ -123,28 +123,24 @@ class Pieces:
 
     def read_only(self) -> tuple[bytes, ...]:
         """`digests`, without converting anything."""
-        for number, _, entry, span in self._reads():
-            step = PIECE_BYTES // (math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4))
-            rows = rows_of(entry, span)
-            step = max(1, step, self._reader.source.together(entry))
-            for start in range(rows.start, rows.stop, step):
-                self._read(number, slice(start, min(start + step, rows.stop)))
+        for first, part, span in self._parts():
+            for number, entry in enumerate(part.sources, first):
+                step = PIECE_BYTES // (math.prod(entry.checkpoint_shape[1:]) * (1 if entry.packed else 4))
+                step = max(1, step, self._reader.source.together(entry))
+                rows = rows_of(entry, span)
+                for start in range(rows.start, rows.stop, step):
+                    self._read(number, slice(start, min(start + step, rows.stop)))
         return self.digests
 
-    def _reads(self) -> Iterator[tuple[int, Part, Entry, slice]]:
-        """Each source: its number, what it is of, and the rows of the parameter's first axis."""
-        number = 0
-        for part in self._chunk.target.parts:
-            span = self._chunk.span if len(self._chunk.target.parts) == 1 else slice(0, part.to.model_shape[0])
-            for entry in part.sources:
-                yield number, part, entry, span
-                number += 1
+    def _parts(self) -> Iterator[tuple[int, Part, slice]]:
+        """Each part: the number of its first source, and the rows of its parameter's first axis."""
+        number, parts = 0, self._chunk.target.parts
+        for part in parts:
+            yield number, part, self._chunk.span if len(parts) == 1 else slice(0, part.to.model_shape[0])
+            number += len(part.sources)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        number = 0
-        for at, part, _, span in self._reads():
-            if at < number:
-                continue
+        for number, part, span in self._parts():
             if part.is_quantized:
                 yield from self._packed(part, span)
             elif len(part.sources) == 2:
@@ -153,7 +149,6 @@ class Pieces:
                 yield from self._in_order(number, part.sources[0], span)
             else:
                 yield from self._rearranged(number, part, span)
-            number += len(part.sources)
         if not self._chunk.target.place:
             for _ in range(self._chunk.target.rows - (self._chunk.span.stop - self._chunk.span.start)):
                 yield np.zeros(self._chunk.target.shape[1:], self._dtype)

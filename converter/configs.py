@@ -5,7 +5,6 @@ from pathlib import Path
 
 from converter.ends import Source
 from converter.form import Form
-from converter.source import home
 from oss_model import dialects
 from oss_model.config import FULL, SLIDING
 
@@ -30,11 +29,11 @@ def config_of(source: Source, form: Form) -> bytes | None:
     if form.to == "orbax":
         if not form.ignore:
             return None
-        found = json.loads((home(source) / "config.json").read_bytes())
+        found = json.loads((source.home / "config.json").read_bytes())
         return _text({key: value for key, value in found.items() if key not in form.ignore})
     if form.to == "openai":
         return _text(dialects.write(source.cfg, "openai"))
-    found = json.loads((home(source) / "config.json").read_bytes())
+    found = json.loads((source.home / "config.json").read_bytes())
     kept = {key: value for key, value in found.items() if key not in {*_OF_THE_FORM, *form.ignore} and not key.startswith("_")}
     kept = kept if "model_type" in found or "num_local_experts" in found else {}  # of OpenAI's dialect, nothing
     said = dialects.write(source.cfg, "transformers4") | {
@@ -56,14 +55,14 @@ def notes(source: Source, form: Form, companions: list[Path]) -> list[str]:
     """
     found = []
     if form.quantizer and form.like is None:
-        base = _base(home(source) / TRAINED) or "SRC, the packed checkpoint that it began with,"
+        base = _base(source.home / TRAINED) or "SRC, the packed checkpoint that it began with,"
         found.append(f"blocks that were MXFP4 may get other bytes of the same values; --like {base} keeps theirs")
     if form.to in ("hf", "hf-bf16"):
         turns = [SLIDING if n % 2 == 0 else FULL for n in range(source.cfg.num_hidden_layers)]
         if list(source.cfg.layer_types) != turns:
             found.append("vLLM cannot serve it: it takes every other layer for a sliding one, whatever layer_types says")
         if not any(file.name.startswith("tokenizer") for file in companions):
-            found.append(f"without a tokenizer, which {home(source)} has not; --tokenizer DIR copies one")
+            found.append(f"without a tokenizer, which {source.home} has not; --tokenizer DIR copies one")
     return found
 
 

@@ -19,7 +19,6 @@ from converter.plan import Chunk
 from converter.preflight import Needs, measure
 from converter.progress import Counter, Progress
 from converter.sinks import sink_of
-from converter.store import load_orbax
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer
 from converter.workspace import Workspace
@@ -167,7 +166,7 @@ class Run:
             return "already-complete", False
         destination.check(source.directory, overwrite)
         self.workspace.check()
-        load_orbax()  # before memory is measured, for it is most of it
+        self.sink.load()  # before memory is measured, for it is most of it
         self.needs = measure(source, self.plan, self.sink, self.workspace.checkpoint, max_memory)
         self.workspace.lock()
         if is_there():

@@ -27,6 +27,11 @@ class Source(Protocol):
     layout: Layout
     cfg: ModelConfig
 
+    @property
+    def home(self) -> Path:
+        """The directory of config.json, and of what else belongs to the model."""
+        ...
+
     def entries(self) -> list[Entry]:
         """Every parameter that it has, once."""
         ...
@@ -61,6 +66,10 @@ class Source(Protocol):
 
 class Sink(Protocol):
     """Where chunks go until the checkpoint is complete. Any thread may call what is about one chunk."""
+
+    def load(self) -> None:
+        """Import what completing takes, before memory is measured."""
+        ...
 
     def write_chunk(self, chunk: "Chunk", pieces: Iterable[np.ndarray]) -> bytes:
         """Write one chunk, in place of what may be there; returns the xxh3_128 of its values."""

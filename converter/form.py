@@ -47,7 +47,7 @@ class Form:
             return {}
         paths = {"like": self.like, "merge": self.merge}
         found = {"to": self.to, "quantizer": self.quantizer} | {k: str(p.resolve()) if p else None for k, p in paths.items()}
-        return found | ({"ignored config keys": list(self.ignore)} if self.ignore else {})
+        return found | ({"ignored_config_keys": list(self.ignore)} if self.ignore else {})
 
 
 def make_form(
@@ -56,7 +56,7 @@ def make_form(
     quantizer: str | None = None,
     like: str | os.PathLike | None = None,
     merge: str | os.PathLike | None = None,
-    ignore: Sequence[str] = (),
+    ignore_config_key: Sequence[str] = (),
 ) -> Form:
     """The form by its parts, as `convert` takes them.
 
@@ -73,7 +73,7 @@ def make_form(
         faults.append(f"quantizer: expected one of {', '.join(quantization.RULES)}, found {quantizer!r}")
     raise_all(faults)
     paths = {"like": None if like is None else Path(like), "merge": None if merge is None else Path(merge)}
-    form = Form(to, dtype or DTYPES[to][0], quantizer, **paths, ignore=tuple(sorted(set(ignore))))
+    form = Form(to, dtype or DTYPES[to][0], quantizer, **paths, ignore=tuple(sorted(set(ignore_config_key))))
     if not form.packed:
         for name, value in (("quantizer", quantizer), ("like", like)):
             if value is not None:
@@ -88,5 +88,5 @@ def noted_form(manifest: dict) -> Form:
     """That of a finished checkpoint."""
     note = manifest.get("form") or {}
     paths = {name: Path(note[name]) if note.get(name) else None for name in ("like", "merge")}
-    ignored = tuple(note.get("ignored config keys", ()))
+    ignored = tuple(note.get("ignored_config_keys", ()))
     return Form(note.get("to", "orbax"), manifest["dtype"], note.get("quantizer"), **paths, ignore=ignored)

@@ -17,7 +17,7 @@ from converter.form import Form
 from converter.manifest import read_manifest
 from converter.orbax_source import OrbaxSource, stored_arrays
 from converter.plan import make_plan
-from converter.source import home, open_checkpoint
+from converter.source import open_checkpoint
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError
@@ -70,10 +70,10 @@ def _of_a_model(directory: Path, source: Source) -> Inspection:
         if entry.packed and entry.model.endswith("scales"):
             scales += np.bincount(source.read(entry).reshape(-1), minlength=256)
     orbax = isinstance(source, OrbaxSource)
-    manifest = read_manifest(home(source))
+    manifest = read_manifest(source.home)
     made_from = {key: manifest[key] for key in ("source", "dtype", "form", "created") if key in manifest} if manifest else None
     with contextlib.suppress(OSError, ValueError):
-        made_from = (made_from or {}) | {"trained from": json.loads((home(source) / TRAINED).read_bytes())["base"]}
+        made_from = (made_from or {}) | {"trained_from": json.loads((source.home / TRAINED).read_bytes())["base"]}
     sizes = (cfg.num_hidden_layers, cfg.num_experts, cfg.hidden_size, cfg.vocab_size)
     return Inspection(
         path=str(directory),

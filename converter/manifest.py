@@ -18,7 +18,7 @@ from converter.form import Form, noted_form
 from converter.journal import Hashes
 from converter.plan import Place, Plan, Target
 from converter.shard_store import CONFIG, DISCARDED
-from converter.source import companions, home
+from converter.source import companions
 from converter.store import MANIFEST, METADATA
 from oss_model.layouts import BFLOAT16
 
@@ -45,7 +45,7 @@ def fingerprint(source: Source, form: Form, others: Sequence[Path] = ()) -> dict
 
 def said_of(source: Source, file: Path) -> str:
     """How the fingerprint calls a file: within the source's directory, wherever that is."""
-    for directory in (source.directory, home(source)):
+    for directory in (source.directory, source.home):
         if file.is_relative_to(directory):
             return file.relative_to(directory).as_posix()
     return str(file)

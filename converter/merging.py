@@ -36,6 +36,10 @@ class Merged:
     def close(self) -> None:
         self.base.close()
 
+    @property
+    def home(self) -> Path:
+        return self.base.home
+
     def entries(self) -> list[Entry]:
         return self._entries
 

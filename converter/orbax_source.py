@@ -20,12 +20,11 @@ ABOVE = 3  # directories above a checkpoint, in which its config.json may be: RU
 LEAF = "value"
 
 
-def is_orbax(path: Path) -> bool:
-    return find(path) is not None
-
-
 def find(path: Path) -> Path | None:
-    """The directory that Orbax wrote the arrays to: `path`, an item of it, or one of its last step (`CheckpointManager`)."""
+    """The directory that Orbax wrote the arrays to: `path`, an item of it, or one of its last step (`CheckpointManager`).
+
+    None: there is none.
+    """
     if (path / METADATA).is_file():
         return path
     steps = sorted((int(step.name), step) for step in path.iterdir() if step.name.isdigit()) if path.is_dir() else []
@@ -45,17 +44,14 @@ class OrbaxSource:
     Raises:
       InputError: naming everything that is missing, misshaped or of a dtype that gpt-oss has not.
 
-    Attributes:
-      home: the directory of config.json, and of whatever else belongs to the model.
+    Args:
+      directory: of the arrays: see `find`.
     """
 
-    def __init__(self, path: Path, ignore: Collection[str] = ()):
-        self.path = path
-        found = find(path)
-        assert found is not None
-        self.directory = found.absolute()
+    def __init__(self, directory: Path, ignore: Collection[str] = ()):
+        self.directory = directory.absolute()
         config = _config_file(self.directory)
-        self.cfg, self.home = ModelConfig.from_json(config, ignore), config.parent
+        self.cfg, self._home = ModelConfig.from_json(config, ignore), config.parent
         self._arrays = _of_the_model(self.directory, stored_arrays(self.directory))
         packed = any(name.endswith(".blocks") for name in self._arrays)
         self.layout = layouts.ORBAX_MXFP4 if packed else layouts.ORBAX
@@ -65,6 +61,10 @@ class OrbaxSource:
         self._entries = list(wanted.values())
 
     def close(self) -> None: ...
+
+    @property
+    def home(self) -> Path:
+        return self._home
 
     def entries(self) -> list[Entry]:
         return self._entries

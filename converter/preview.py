@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from typing import Any
 
 from converter.destination import Destination
 from converter.finished import is_complete
@@ -12,7 +12,6 @@ from converter.job import open_job
 from converter.plan import Plan, Target
 from converter.preflight import DISK_RATE, Needs, estimate_seconds, free_space, measure
 from converter.sinks import sink_of
-from converter.store import load_orbax
 from converter.workspace import Workspace
 from oss_model.errors import InputError
 
@@ -43,23 +42,21 @@ def preview(
     dst: str | os.PathLike,
     dtype: str | None = None,
     *,
-    to: str = "orbax",
-    quantizer: str | None = None,
-    like: str | os.PathLike | None = None,
-    merge: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
-    ignore_config_key: Sequence[str] = (),
     overwrite: bool = False,
     max_memory: int | None = None,
+    **form: Any,
 ) -> Preview:
-    """Check everything `convert` checks before it writes, and say what it would do.
+    """Check everything `convert` checks before it writes, and say what it would do. Arguments are the same.
+
+    Args:
+      form: the rest of what `make_form` takes.
 
     Raises:
       InputError: as `convert` does.
     """
     destination = Destination(dst)
-    form = make_form(to, dtype, quantizer, like, merge, ignore_config_key)
-    with open_job(src, form, tokenizer) as job:
+    with open_job(src, make_form(dtype=dtype, **form), tokenizer) as job:
         source, plan = job.source, job.plan
         workspace = Workspace(destination.partial)
         if destination.is_under_way(workspace):
@@ -75,12 +72,13 @@ def preview(
         else:
             destination.check(source.directory, overwrite)
             workspace.check()
-            load_orbax()
-            needs = measure(source, plan, sink_of(workspace.checkpoint, plan), workspace.checkpoint, max_memory)
+            sink = sink_of(workspace.checkpoint, plan)
+            sink.load()
+            needs = measure(source, plan, sink, workspace.checkpoint, max_memory)
         return Preview(
             status="already-complete" if done else "planned",
             source_layout=source.layout.name,
-            dtype=form.dtype,
+            dtype=plan.form.dtype,
             tensors=len(plan.targets),
             chunks=len(plan.chunks),
             bytes_read=0 if done else job.read_nbytes,
@@ -91,7 +89,7 @@ def preview(
             memory=needs.memory,
             seconds=0.0 if done else round(estimate_seconds(source, plan, needs.workers), 1),
             plan=_rows(plan),
-            to=form.to,
+            to=plan.form.to,
             notes=job.notes,
         )
 

@@ -31,9 +31,11 @@ class ShardStore:
         self._lock = threading.Lock()
         self._begun: set[str] = set()
 
+    def load(self) -> None: ...
+
     def write_chunk(self, chunk: Chunk, pieces: Iterable[np.ndarray]) -> bytes:
-        assert chunk.target.place
-        path, digest = self._begin(chunk.target.place.file), xxhash.xxh3_128()
+        assert chunk.offset is not None
+        path, digest = self._begin(chunk.file), xxhash.xxh3_128()
         fd = os.open(path, os.O_WRONLY)
         try:
             os.lseek(fd, chunk.offset, os.SEEK_SET)
@@ -66,17 +68,14 @@ class ShardStore:
 
     def is_whole(self, chunk: Chunk) -> bool:
         """Whether its file is there in its full size. What is in it the journal knows, or `check`."""
-        assert chunk.target.place
-        file = chunk.target.place.file
-        return file_size(self.directory / file) == self._shards[file][1] and chunk.path not in self._discarded()
+        return file_size(self.directory / chunk.file) == self._shards[chunk.file][1] and chunk.path not in self._discarded()
 
     def present(self, chunks: Iterable[Chunk]) -> int:
         files = [self.directory / file for file in self._shards]
         return sum(path.stat().st_blocks * 512 for path in files if path.exists())  # what is not written yet is a hole
 
     def settle(self, chunk: Chunk) -> None:
-        assert chunk.target.place
-        sync(self.directory / chunk.target.place.file)
+        sync(self.directory / chunk.file)
 
     def settle_names(self, chunks: Iterable[Chunk]) -> None:
         if any(True for _ in chunks):

@@ -9,7 +9,7 @@ import numpy as np
 
 from converter.ends import Source
 from converter.form import Form
-from converter.orbax_source import OrbaxSource, is_orbax
+from converter.orbax_source import OrbaxSource, find
 from oss_model import mxfp4
 from oss_model.errors import InputError, raise_all
 from oss_model.layouts import FLOAT32, Entry
@@ -47,7 +47,8 @@ def open_checkpoint(path: str | os.PathLike, ignore: Collection[str] = ()) -> So
     Args:
       ignore: see `ModelConfig.from_json`.
     """
-    return OrbaxSource(Path(path), ignore) if is_orbax(Path(path)) else Checkpoint(path, ignore)
+    arrays = find(Path(path))
+    return Checkpoint(path, ignore) if arrays is None else OrbaxSource(arrays, ignore)
 
 
 def open_base(form: Form, source: Source) -> Source | None:
@@ -123,12 +124,6 @@ def _inexact(source: Source, entry: Entry) -> list[str]:
     ]
 
 
-def home(source: Source) -> Path:
-    """The directory of config.json and of what else belongs to the model."""
-    base = getattr(source, "base", source)  # of a merged one
-    return base.home if isinstance(base, OrbaxSource) else base.directory
-
-
 def companions(source: Source, tokenizer: Path | None = None) -> list[Path]:
     """The files that are copied to the converted checkpoint: the source's, but for those that `tokenizer`, a directory, has.
 
@@ -139,7 +134,7 @@ def companions(source: Source, tokenizer: Path | None = None) -> list[Path]:
     def found(directory: Path) -> dict[str, Path]:
         return {file.name: file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()}
 
-    files = found(home(source))
+    files = found(source.home)
     if tokenizer is not None:
         others = found(tokenizer)
         if not any(name.startswith("tokenizer") for name in others):

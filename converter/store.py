@@ -32,6 +32,10 @@ class Store:
     def __init__(self, directory: Path):
         self.directory = directory
 
+    def load(self) -> None:
+        """Orbax, which writes the metadata: it takes a second, and most of the process's memory."""
+        import orbax.checkpoint  # noqa: F401
+
     def write_array(self, target: Target) -> None:
         """Describe an array: its directory and zarr.json."""
         directory = self.directory / target.directory
@@ -124,11 +128,6 @@ def sync_small(root: Path) -> None:
         for name in files if "c" not in Path(directory).relative_to(root).parts else ():
             sync(Path(directory) / name)
         sync(Path(directory))
-
-
-def load_orbax() -> None:
-    """Import what `Store.write_metadata` needs; it takes a second, and most of the process's memory."""
-    import orbax.checkpoint  # noqa: F401
 
 
 def _save_with_orbax(path: Path, tree: dict) -> None:

@@ -166,6 +166,11 @@ class Checkpoint:
     def close(self) -> None:
         self.shards.close()
 
+    @property
+    def home(self) -> Path:
+        """The directory of config.json, and of what else belongs to the model."""
+        return self.directory
+
     def entries(self) -> list[layouts.Entry]:
         return layouts.entries(self.layout, self.cfg)
 

@@ -156,7 +156,7 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
 def _ignored(checkpoint: Path) -> list[str]:
     """Keys of SRC's config.json that DST was converted without."""
     try:
-        return list(json.loads((checkpoint / "conversion.json").read_bytes())["form"]["ignored config keys"])
+        return list(json.loads((checkpoint / "conversion.json").read_bytes())["form"]["ignored_config_keys"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

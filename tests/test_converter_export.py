@@ -342,7 +342,7 @@ def test_a_key_that_nobody_knows_passes_by_name_and_is_left_out(sources, tmp_pat
     assert "convert-oss --ignore-config-key moe_flavour lets it pass" in capsys.readouterr().err
     assert main([*asked, "--ignore-config-key", "moe_flavour"]) == 0
     assert "moe_flavour" not in json.loads((tmp_path / "out/config.json").read_text())
-    assert json.loads((tmp_path / "out/conversion.json").read_text())["form"]["ignored config keys"] == ["moe_flavour"]
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["form"]["ignored_config_keys"] == ["moe_flavour"]
     assert verify_checkpoint(tmp_path / "out", source).status == "pass"
 
 

@@ -16,7 +16,7 @@ from test_converter_export import tensors, values
 
 from converter import convert
 from converter.cli import main
-from converter.orbax_source import OrbaxSource
+from converter.source import open_checkpoint
 from oss_model import Transformer, add_lora, create_model_from_checkpoint, cross_entropy, load_lora, merge_lora, save_lora
 from oss_model.layouts import BFLOAT16
 from oss_model.scanned import scanned
@@ -70,7 +70,7 @@ def test_the_last_step_beside_an_optimizers_state(trained, checkpoints, tmp_path
             manager.save(step, args=ocp.args.StandardSave(tree))
     shutil.copytree(checkpoints["float32"], tmp_path / "run/base")
     for place in ("run/steps", "run/steps/10", "run/steps/10/default"):
-        source = OrbaxSource(tmp_path / place)
+        source = open_checkpoint(tmp_path / place)
         assert source.directory == tmp_path / "run/steps/10/default"
         assert source.home == tmp_path / "run/base"
     convert(tmp_path / "run/steps", tmp_path / "out", to="hf-bf16")
