@@ -1,7 +1,7 @@
 """The arms of a comparison, run layer by layer, and their verdicts.
 
-Weights: every stored byte. Semantics: each component fed the reference's input and routing, in float32. Precision:
-the same in bfloat16, the port's error over the reference's own. Free run: the whole model, its own states carried
+Weights (`parity.weights`): every stored byte. Semantics: each component fed the reference's input and routing, in float32.
+Precision: the same in bfloat16, the port's error over the reference's own. Free run: the whole model, its own states carried
 from layer to layer. Decode: a token at a time on the key-value cache. Bounds and their reasons are in
 `parity.metrics`; what the two sides are in `parity.protocols`.
 """
@@ -9,7 +9,6 @@ from layer to layer. Decode: a token at a time on the key-value cache. Bounds an
 import contextlib
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -37,20 +36,18 @@ from parity.protocols import (
     Arrays,
     Asked,
     Call,
-    Expected,
     Oracle,
     OracleLayer,
     Port,
     PortLayer,
-    SupportsCalls,
     SupportsRestore,
 )
-from parity.recording import Recorder, digest
+from parity.recording import Recorder
 from parity.reports.report import Report, Weight
 from parity.walk import Assembled
+from parity.weights import UNFIT, Weights, unmatched
 
 Progress = Callable[[int, int, str], None]
-_UNFIT = "the parameters do not fit the reference, so nothing was computed from there on"
 NUDGES = 3  # of the reference, where the free run fails: a model may make more of rounding than most, and not always as much
 FORCED = ("semantics", "precision")  # the calls that are fed the reference's values
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
@@ -125,7 +122,7 @@ def compare(
     else:
         oracle = source
     window = oracle.sizes.window
-    raise_all([*oracle.faults(port, Asked(layers, dtype, gradients)), *_unmatched(expect_changed, port)])
+    raise_all([*oracle.faults(port, Asked(layers, dtype, gradients)), *unmatched(expect_changed, port)])
     if prompt is None and tokens is None:
         prompt = oracle.prompt
     if prompt is None and tokens is None and port.can.calls is not None and fits(port, max_memory):
@@ -210,14 +207,15 @@ class _Run:
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
         self.diagnosis = Diagnosis(self.report, self.judge, self.oracle, self.port)
+        self.weights = Weights(self.port, self.report, self.diagnosis, self.expect_changed)
 
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
         self.diagnosis.configuration(self.port.can.settings or {})
-        fits = self.weights(Parameters("", self.oracle.first_parameters, self.port.restore))
+        fits = self.weights.compare(Parameters("", self.oracle.first_parameters, self.port.restore))
         if sizes != (count, self.oracle.sizes.vocab):
-            self.report.lacks(_UNFIT)
+            self.report.lacks(UNFIT)
             fits = False
         if fits and self.port.can.calls is None:
             self.report.warnings.append(
@@ -230,7 +228,7 @@ class _Run:
                 self.progress(n, count, f"layer {n}")
                 streams = self.layer(n, streams)
             self.progress(count, count, "logits")
-            if not self.weights(Parameters("", self.oracle.last_parameters, self.port.restore)):
+            if not self.weights.compare(Parameters("", self.oracle.last_parameters, self.port.restore)):
                 streams = None
             for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
                 self.report.weights.append(Weight(name, "unexpected: the source has no such parameter"))
@@ -243,57 +241,6 @@ class _Run:
     @property
     def packed(self) -> bool:
         return any(name.endswith(".blocks") for name in self.port.stored)
-
-    # --- weights ------------------------------------------------------------------------------------------------
-
-    def weights(self, parameters: Parameters) -> bool:
-        """Compare parameters as stored; False if one is missing or of another shape, so that nothing can be computed.
-
-        What the port then loads must be those bytes. In what it goes by, those that are wrong are put right.
-        """
-        expected = {one.name: one for one in parameters.expected()} if self.port.stored else {}
-        fitting = [name for name, one in expected.items() if self.port.stored.get(name, (None,))[0] == one.shape]
-        stored, wrong, digests = parameters.restore(fitting), [], {}
-        for name, one in expected.items():
-            if name in stored:
-                weight = Weight(name, one.differs(stored[name]))
-                self.report.weights.append(weight)
-                if weight.note:
-                    wrong.append(one)
-                    if any(re.fullmatch(pattern, name) for pattern in self.expect_changed):
-                        weight.note, weight.moved = "", _moved(one, stored[name])
-                    else:
-                        self.diagnosis.parameter(one, stored[name], parameters)
-                if self.port.can.calls is not None:
-                    digests[name] = digest(stored.pop(name))
-            else:
-                found = self.port.stored.get(name)
-                missing = "missing in the checkpoint"
-                note = missing if found is None else f"shape {list(found[0])}, should be {list(one.shape)}"
-                self.report.weights.append(Weight(name, note))
-        if len(fitting) < len(expected):
-            self.report.lacks(_UNFIT)
-            return False
-        del stored
-        if self.port.can.calls is not None and digests:
-            self.loaded(self.port.can.calls, digests)
-            for one in wrong:
-                if one.value is not None:
-                    self.port.can.calls.replace(one.name, one.value()[:])
-                    self.report.righted.append(one.name)
-        return True
-
-    def loaded(self, calls: SupportsCalls, digests: dict[str, str]) -> None:
-        """Whether what the calls go by is what is stored."""
-        for name in digests:
-            got = calls.loaded([name]).get(name)
-            self.report.loaded += 1
-            if got is None:
-                self.report.loading.append(Weight(name, "was not loaded"))
-            elif digest(got) != digests[name]:
-                self.report.loading.append(Weight(name, told_apart(self.port.restore([name])[name], got)))
-
-    # --- from the first to the last -----------------------------------------------------------------------------
 
     def start(self, dtype: np.dtype) -> Call:
         if self.port.can.calls is None:
@@ -331,7 +278,7 @@ class _Run:
         expected = self.oracle.layer(n)
         reads: SupportsRestore = self.port if layer is None or layer.can.restore is None else layer.can.restore
         parameters = Parameters(f"layers.{n}.", lambda: expected.parameters(self.packed), reads.restore, expected)
-        fits = self.weights(parameters)
+        fits = self.weights.compare(parameters)
         return self.activations(n, parameters, layer, streams) if fits and streams is not None and layer is not None else None
 
     def activations(self, n: int, parameters: Parameters, layer: PortLayer, streams: _Streams) -> _Streams | None:
@@ -525,36 +472,6 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         if missing:
             report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
-
-
-def _unmatched(patterns: Sequence[str], port: Port) -> list[str]:
-    faults = []
-    for pattern in patterns:
-        try:
-            if not any(re.fullmatch(pattern, name) for name in port.stored):
-                faults.append(
-                    f"--expect-changed {pattern!r}: expected to match a parameter such as norm.scale, found none that it does"
-                )
-        except re.error as e:
-            faults.append(f"--expect-changed {pattern!r}: expected a regular expression, found one that is not ({e})")
-    return faults
-
-
-def _moved(expected: Expected, got: np.ndarray) -> float:
-    """How far a parameter is from what it was, relative L2; NaN where that is not known."""
-    if expected.value is None or got.dtype == np.uint8:
-        return math.nan
-    return metrics.rel_l2(got, np.asarray(expected.value()[:]))
-
-
-def told_apart(want: np.ndarray, got: np.ndarray) -> str:
-    """How what was loaded is not what is stored."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return f"loaded as {got.dtype}{list(got.shape)}, stored as {want.dtype}{list(want.shape)}"
-    apart = got.view(np.uint8).reshape(*got.shape, -1) != want.view(np.uint8).reshape(*want.shape, -1)
-    count = int(apart.any(-1).sum())
-    zero = ", all of them zero" if not got.view(np.uint8).any() else ""
-    return f"{count} of {want.size} values are not those that are stored{zero}"
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Which of two checkpoints is the reference; and two that PyTorch reads neither of, whose bytes alone can be compared."""
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from oss_model.shards import Shards
 from parity import configs, metrics
 from parity.candidate import Candidate
 from parity.reports.report import STORED, Report, Weight
+from parity.weights import count_apart, is_expected
 
 EXPERTS = tuple(f".mlp.{linear}.{leaf}" for linear in ("gate_up", "down") for leaf in ("weight", "blocks", "scales"))
 
@@ -73,10 +73,12 @@ def compare_stored(
 
 
 def _compared(name: str, want: np.ndarray, got: np.ndarray, expect_changed: Sequence[str]) -> Weight:
-    apart = int((want.view(np.uint8).reshape(want.size, -1) != got.view(np.uint8).reshape(want.size, -1)).any(-1).sum())
+    apart = count_apart(want, got)
     if not apart:
         return Weight(name)
     moved = metrics.rel_l2(got, want) if want.dtype != np.uint8 else float("nan")
-    if any(re.fullmatch(pattern, name) for pattern in expect_changed):
-        return Weight(name, moved=moved)
-    return Weight(name, f"{apart} of {want.size} values differ")
+    return (
+        Weight(name, moved=moved)
+        if is_expected(name, expect_changed)
+        else Weight(name, f"{apart} of {want.size} values differ")
+    )

@@ -20,7 +20,7 @@ from parity.candidate import Candidate
 from parity.mistakes import catalogue as faults
 from parity.mistakes import edits
 from parity.mistakes.corruption import CHECKPOINT, corrupt_checkpoint
-from parity.mistakes.injection import Faulty
+from parity.mistakes.faulty import Faulty
 from parity.prompts import Prompt, random_prompt
 from parity.protocols import Sizes
 from parity.reference import Reference

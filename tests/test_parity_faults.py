@@ -20,7 +20,8 @@ from parity.mistakes import catalogue as faults
 from parity.mistakes import running, selftest
 from parity.mistakes.corruption import CHECKPOINT, SOURCE
 from parity.mistakes.edits import EDITS
-from parity.mistakes.injection import INJECTIONS, Faulty
+from parity.mistakes.faulty import Faulty
+from parity.mistakes.injection import INJECTIONS
 
 ROOT = Path(__file__).parent.parent
 

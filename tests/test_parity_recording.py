@@ -97,7 +97,7 @@ def test_mistakes_are_named_where_there_is_no_torch(recorded, checkpoints):
     """Those of the code from what the port's own right parameters give, values or packed."""
     code = """
 from parity import compare
-from parity.mistakes.injection import Faulty
+from parity.mistakes.faulty import Faulty
 from parity.recording import Recording
 for fault in ("window-one-long", "swiglu-alpha-one", "yarn-missing", "lm-head-tied"):
     n = 0 if fault in ("window-one-long", "swiglu-alpha-one") else None

@@ -24,7 +24,8 @@ from parity.forms import updates as updates_of
 from parity.forms_arm import compare_forms
 from parity.mistakes.catalogue import CATALOGUE, Fault, applies
 from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
-from parity.mistakes.injection import INJECTIONS, Faulty
+from parity.mistakes.faulty import Faulty
+from parity.mistakes.injection import INJECTIONS
 from parity.mistakes.running import RUNNING, Mistake
 from parity.prompts import random_prompt
 from parity.protocols import Answers, Oracle, Port, Question
