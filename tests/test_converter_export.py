@@ -392,6 +392,48 @@ def test_what_was_written_wrongly_is_told_and_written_again(hf, tmp_path, monkey
     assert not (tmp_path / "out/discarded").exists()
 
 
+def test_what_another_process_wrote_wrongly_is_written_again_by_whoever_finishes(hf, tmp_path, monkeypatch):
+    """The one that finishes does not look into the other's chunks when it goes on: it must know which one was wrong."""
+    out, write, spoilt = tmp_path / "out", ShardStore.write_chunk, []
+
+    def spoiling(self, chunk, pieces):
+        digest = write(self, chunk, pieces)
+        if not spoilt:
+            spoilt.append(chunk)
+            with open(self.directory / chunk.file, "r+b") as file:
+                file.seek(chunk.offset + 1)
+                file.write(b"\xff\xfe")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardStore, "write_chunk", spoiling)
+        assert convert(hf, out, to="hf", process=(1, 2)).status == "share-written"
+    with pytest.raises(Different, match="differs from the source"):
+        convert(hf, out, to="hf", process=(2, 2))
+    assert convert(hf, out, to="hf", process=(2, 2)).status == "resumed"
+    assert tensors(out) == tensors(hf)
+    assert not (out / "discarded").exists()
+
+
+def test_another_rule_is_not_already_complete(sources, tmp_path):
+    """The same tensors, of the same sizes, and other bytes."""
+    convert(sources["hf-bf16"], tmp_path / "out", to="hf", quantizer="best", verify=False)
+    for other in ({"quantizer": "ocp"}, {"quantizer": "best", "like": sources["hf"]}):
+        with pytest.raises(InputError, match="found a finished checkpoint"):
+            convert(sources["hf-bf16"], tmp_path / "out", to="hf", **other)
+
+
+def test_a_model_that_was_trained_says_what_to_keep_the_bytes_of(sources, tmp_path):
+    source = shutil.copytree(sources["hf-bf16"], tmp_path / "source")
+    asked = {"to": "hf", "quantizer": "best", "verify": False}
+    (note, _) = convert(source, tmp_path / "one", **asked).notes
+    assert note.endswith("--like SRC, the packed checkpoint that it began with, keeps theirs")
+    (source / "trained.json").write_text(json.dumps({"base": "/models/base"}))
+    (note, _) = convert(source, tmp_path / "two", **asked).notes
+    assert note.endswith("--like /models/base keeps theirs")
+    assert len(convert(source, tmp_path / "three", **asked, like=sources["hf"]).notes) == 1
+
+
 def test_another_form_is_refused_where_one_is(hf, tmp_path):
     convert(hf, tmp_path / "out", to="hf", verify=False)
     with pytest.raises(InputError, match="found a finished checkpoint"):

@@ -88,6 +88,7 @@ def test_full_fine_tuning_on_a_mesh_changes_what_was_asked_for(source, text, tmp
     assert found[-1] < found[0] - 1
     expected = {f"layers.{n}.attn.q_proj.{kind}" for n in range(2) for kind in ("weight", "bias")}
     assert differing(source, tmp_path / "run/model", tmp_path) == expected | {"lm_head.weight"}
+    assert json.loads((tmp_path / "run/model/trained.json").read_text()) == {"base": str((tmp_path / "run/base").resolve())}
 
 
 def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path, start):
