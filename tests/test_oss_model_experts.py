@@ -10,8 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from oss_model import InputError, MLPBlock, expert_paths
-from oss_model.lora import _add
+from oss_model import InputError, MLPBlock, Transformer, add_lora, expert_paths
 
 WRT = {
     "LoRA of the experts": nnx.LoRAParam,
@@ -24,9 +23,10 @@ FEW, MANY = 2, 15  # tokens: with 4 experts each, fewer and more than the 9 expe
 @pytest.fixture(scope="module")
 def block(cfg) -> MLPBlock:
     """With LoRA parameters that do something."""
-    block = MLPBlock(dataclasses.replace(cfg, param_dtype="float32"), rngs=nnx.Rngs(0))
+    model = Transformer(dataclasses.replace(cfg, param_dtype="float32"), rngs=nnx.Rngs(0))
+    add_lora(model, r"layers\.0\.mlp\.(gate_up|down)", 3, 6, rngs=nnx.Rngs(1))
+    block = model.layers[0].mlp
     for module in (block.gate_up, block.down):
-        _add(module, cfg, 3, 6, nnx.Rngs(1))
         module.lora.b.set_value(module.lora.b[...] + 0.02)
     return block
 
