@@ -26,6 +26,7 @@ from oss_model import (
     eos_tokens,
     experts,
     init_cache,
+    mxfp4,
 )
 from oss_model.attention import Tokens
 from oss_model.params import Loader, abstract_model, parts
@@ -53,6 +54,7 @@ class Candidate:
       source: the safetensors that it was made from, where packed experts are run from if it holds values.
       memory: bytes to be had, in which a model that takes less is held whole; half of what is free if None.
       read_with_orbax: whether all that is compared is read by plain Orbax, and not a chunk of each parameter only.
+      values: whether packed experts are held, and shown, as the values that they stand for.
 
     Attributes:
       cfg: from the checkpoint's own config.json.
@@ -71,10 +73,14 @@ class Candidate:
         source: Path | None = None,
         memory: int | None = None,
         read_with_orbax: bool = False,
+        values: bool = False,
     ):
         self.path = Path(checkpoint).absolute()
         self.loader = Loader(self.path)
-        self.stored = self.loader.stored
+        self.values = values and self.loader.cfg.param_dtype == "mxfp4"
+        if self.values:
+            self.loader = Loader(self.path, dataclasses.replace(self.loader.cfg, param_dtype="bfloat16"))
+        self.stored = self._decoded() if self.values else self.loader.stored
         self.read_with_orbax = read_with_orbax
         self.compiled = compiled
         self.source = source
@@ -131,9 +137,28 @@ class Candidate:
 
         What our model loads, `loaded`, is by our own reader, and is compared with this.
         """
-        arrays, names = self.loader.arrays, list(names)
+        names = list(names)
+        packed = [name for name in names if name not in self.loader.stored]
+        kinds = [name.removesuffix("weight") + kind for name in packed for kind in ("blocks", "scales")]
+        found = self._stored([name for name in names if name in self.loader.stored] + kinds)
+        for name, blocks, scales in zip(packed, kinds[::2], kinds[1::2], strict=True):
+            found[name] = mxfp4.decode(found.pop(blocks), found.pop(scales))
+        return found
+
+    def _decoded(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """What is stored, packed experts by the name, shape and dtype of their values."""
+        found = {}
+        for name, (shape, dtype) in self.loader.stored.items():
+            if name.endswith(".blocks"):
+                found[name.removesuffix("blocks") + "weight"] = (*shape[:-2], shape[-2] * shape[-1] * 2), np.dtype(jnp.bfloat16)
+            elif not name.endswith(".scales"):
+                found[name] = shape, dtype
+        return found
+
+    def _stored(self, names: list[str]) -> Arrays:
+        arrays = self.loader.arrays
         if arrays is not None and self.read_with_orbax:
-            return others.whole(self.path, {name: self.stored[name] for name in names})
+            return others.whole(self.path, {name: self.loader.stored[name] for name in names})
         found = {name: np.asarray(value) for name, value in self._restore(names).items()}
         return found if arrays is None else others.with_a_chunk_each(arrays, found)
 
@@ -213,7 +238,7 @@ class Candidate:
         """Straight into JAX's memory: NumPy sees the same bytes, so a layer is in memory once."""
         if self.large:
             gc.collect()  # the layer before, which Flax leaves in reference cycles
-        return dict(self.loader.source.read({name: jax.ShapeDtypeStruct(*self.stored[name]) for name in names}))
+        return dict(self.loader.source.read({name: jax.ShapeDtypeStruct(*self.loader.stored[name]) for name in names}))
 
 
 class CandidateLayer:

@@ -24,6 +24,7 @@ from oss_model.params import is_orbax
 from oss_model.taps import LAYER_TAPS
 from parity import configs, metrics
 from parity import equations as eq
+from parity.design import Design, by_design
 from parity.device import here
 from parity.forms_arm import compare_forms, compare_long
 from parity.judge import ROUTING, Judge
@@ -104,7 +105,7 @@ def compare(
     start = time.monotonic()
     if isinstance(checkpoint, str | Path):
         from parity.candidate import Candidate
-        from parity.stored import arranged, compare_stored, layout_faults
+        from parity.stored import arranged, compare_stored, holds_values, layout_faults
 
         if isinstance(source, str | Path):
             source, checkpoint = arranged(Path(source), Path(checkpoint))
@@ -112,9 +113,11 @@ def compare(
             if is_orbax(source):
                 return compare_stored(source, checkpoint, seed=seed, expect_changed=expect_changed, progress=progress)
         made_from = Path(source) if isinstance(source, str | Path) else None
-        port: Port = Candidate(checkpoint, source=made_from, memory=max_memory, read_with_orbax=read_with_orbax)
+        design = None if made_from is None else by_design(made_from, Path(checkpoint))
+        options = {"memory": max_memory, "read_with_orbax": read_with_orbax}
+        port: Port = Candidate(checkpoint, source=made_from, values=holds_values(made_from), **options)
     else:
-        port = checkpoint
+        port, design = checkpoint, None
     if isinstance(source, str | Path):
         from parity.reference import Reference
 
@@ -158,12 +161,15 @@ def compare(
             f"{longest} tokens, but faults of the sliding window ({window}) only show from {2 * window} on:"
             f" use --tokens {2 * window}"
         )
-    _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress, tuple(expect_changed)).whole()
-    if gradients and report.free_run is not None:
+    _Run(port, watched, report, prompt, dtype == "bfloat16", decode, progress, tuple(expect_changed), design).whole()
+    if gradients and report.righted:
+        report.lacks("gradients: they would be of other values than SRC's: they were not compared")
+    elif gradients and report.free_run is not None:
         row = int(prompt.valid.sum(axis=1).argmax())
         _gradients(oracle, port, report, prompt.tokens[row : row + 1, :longest])
     if forms != "none":
-        compare_forms(port, watched, report, forms, fits=fits(port, max_memory), seed=seed, progress=progress)
+        whole = not report.righted and fits(port, max_memory)  # else a replica: these would be of other values than SRC's
+        compare_forms(port, watched, report, forms, fits=whole, seed=seed, progress=progress)
     if long:
         compare_long(port, oracle, report, seed=seed, progress=progress)
     if recorder is not None:
@@ -203,31 +209,38 @@ class _Run:
     decode: bool
     progress: Progress
     expect_changed: tuple[str, ...] = ()
+    design: Design | None = None
 
     def __post_init__(self):
         self.judge = Judge(self.prompt, self.report)
         self.diagnosis = Diagnosis(self.report, self.judge, self.oracle, self.port)
-        self.weights = Weights(self.port, self.report, self.diagnosis, self.expect_changed)
+        self.weights = Weights(self.port, self.report, self.diagnosis, self.expect_changed, self.design)
+        self.as_stored: Call | None = None  # goes through each part before its values become the reference's
 
     def whole(self) -> None:
         count, sizes = self.oracle.sizes.layers, (self.port.sizes.layers, self.port.sizes.vocab)
         self.progress(0, count, "embedding")
         self.diagnosis.configuration(self.port.can.settings or {})
-        fits = self.weights.compare(Parameters("", self.oracle.first_parameters, self.port.restore))
-        if sizes != (count, self.oracle.sizes.vocab):
-            self.report.lacks(UNFIT)
-            fits = False
-        if fits and self.port.can.calls is None:
-            self.report.warnings.append(
-                f"{self.port}: its parts were put together by check-parity, since it has no calls of its own"
-                " (parity.protocols.SupportsCalls)"
-            )
+        fits = sizes == (count, self.oracle.sizes.vocab)
         with contextlib.ExitStack() as self.open:
+            if fits and (self.design or self.expect_changed) and self.port.can.calls is not None:
+                self.as_stored = self.start(FLOAT32)
+                self.as_stored.advance(None)
+            fits = self.weights.compare(Parameters("", self.oracle.first_parameters, self.port.restore)) and fits
+            if not fits:
+                self.report.lacks(UNFIT)
+            elif self.port.can.calls is None:
+                self.report.warnings.append(
+                    f"{self.port}: its parts were put together by check-parity, since it has no calls of its own"
+                    " (parity.protocols.SupportsCalls)"
+                )
             streams = self.first() if fits else None
             for n in range(count):
                 self.progress(n, count, f"layer {n}")
                 streams = self.layer(n, streams)
             self.progress(count, count, "logits")
+            if self.as_stored is not None:
+                self.as_stored.advance(None)
             if not self.weights.compare(Parameters("", self.oracle.last_parameters, self.port.restore)):
                 streams = None
             for name in sorted(self.port.stored.keys() - {weight.name for weight in self.report.weights}):
@@ -278,6 +291,8 @@ class _Run:
         expected = self.oracle.layer(n)
         reads: SupportsRestore = self.port if layer is None or layer.can.restore is None else layer.can.restore
         parameters = Parameters(f"layers.{n}.", lambda: expected.parameters(self.packed), reads.restore, expected)
+        if self.as_stored is not None:
+            self.as_stored.advance(n)
         fits = self.weights.compare(parameters)
         return self.activations(n, parameters, layer, streams) if fits and streams is not None and layer is not None else None
 
@@ -356,6 +371,8 @@ class _Run:
             logits["bfloat16"] = logits.pop("replayed16")
             logits["reference_bfloat16"] = self.oracle.unembed(streams.reference16)["logits"]
         self.judge.free_run(taps["logits"], **logits)
+        if self.as_stored is not None and self.report.righted:
+            self.judge.as_stored(taps["logits"], self.as_stored.finish())
         assert self.report.free_run is not None
         if self.report.free_run["verdict"] == "fail" and self.oracle.prompt is None:
             for draw in range(NUDGES):

@@ -229,6 +229,34 @@ def mxfp4(blocks: Array, scales: Array) -> Array:
     return values.reshape(*scales.shape[:-1], -1).astype(ml_dtypes.bfloat16)
 
 
+def quantized(values: Array, rule: str) -> Array:
+    """What MXFP4 makes of values [..., n * 32], float64: each block's to the nearest code of its scale, ties to even.
+
+    Rules for the scale's exponent, by the largest magnitude: "ocp" floor(log2) - 2 (section 6.3), "ceil" the smallest at which
+    none is cut to 6, "best" that of "ocp" or the next, by the squared error of what bfloat16 keeps of the values.
+    """
+    blocks = values.astype(np.float64).reshape(-1, 32)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    fraction, exponent = np.frexp(largest / 6 if rule == "ceil" else largest)  # largest: fraction * 2^exponent, 1/2 to 1
+    exponent = exponent - (fraction == 0.5) if rule == "ceil" else exponent - 3
+    exponent = np.clip(exponent, -127, 125)
+    if rule == "best":
+        kept = (values.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64).reshape(-1, 32)
+        larger = np.minimum(exponent + 1, 125)
+        errors = [((kept - _to_codes(kept, one)) / np.ldexp(1.0, exponent)) ** 2 for one in (exponent, larger)]
+        less = np.rint((errors[1] - errors[0]) * 2**18).sum(-1, keepdims=True) < 0  # of integers, or of what is no different
+        exponent = np.where(less, larger, exponent)
+    return _to_codes(blocks, exponent).reshape(values.shape)
+
+
+def _to_codes(x: Array, exponent: Array) -> Array:
+    """To the nearest of 0, 1/2, 1, 3/2, 2, 3, 4, 6 times 2^exponent: every other one is even, as multiples of the step are."""
+    unit = np.ldexp(1.0, exponent)
+    scaled = np.abs(x / unit)
+    step = np.where(scaled < 2, 0.5, np.where(scaled < 4, 1.0, 2.0))
+    return np.copysign(np.minimum(np.rint(scaled / step) * step, 6) * unit, x)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------
 
 Equation = Callable[[Taps, Values, Settings], Array]

@@ -189,6 +189,11 @@ class Judge:
             run[name] = metrics.free_run(want, logits)
         self.report.free_run = run
 
+    def as_stored(self, truth: np.ndarray, logits: np.ndarray | None) -> None:
+        """Logits of the port's own values, where they are others by design or by training."""
+        if logits is not None:
+            self.report.as_stored = metrics.free_run(*(np.asarray(a)[self.prompt.valid][None] for a in (truth, logits)))
+
     def amplified(self, truth: np.ndarray, nudged: np.ndarray) -> None:
         """The free run again, where the model makes more of rounding than most: by how much the reference itself is moved."""
         run = self.report.free_run

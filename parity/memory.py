@@ -31,7 +31,7 @@ def least_memory(candidate: "Candidate", batch: int, length: int) -> int:
     cfg, tokens, ours = candidate.cfg, batch * length, nbytes("layers.0.")
     # XLA's lookup goes by way of float32; the unembedding multiplies in it, or in bfloat16 for the precision arm.
     first = nbytes("embedding.") + nbytes("embedding.", 4)
-    last = nbytes("lm_head.") + nbytes("lm_head.", 4) + 5 * tokens * cfg.vocab_size * 4
+    last = nbytes("lm_head.") + nbytes("lm_head.", 4) + 6 * tokens * cfg.vocab_size * 4
     # Both sides' layer, the reference's decoded to bfloat16; an expert a side in float32, before and after a transposition.
     widest = max(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
     taps = 3 * 16 * tokens * widest * 4 + 3 * batch * cfg.num_attention_heads * length**2 * 4

@@ -9,7 +9,7 @@ import numpy as np
 from oss_model import layouts
 from oss_model.memory import peak_rss
 from oss_model.params import is_orbax
-from oss_model.shards import Shards
+from oss_model.shards import Checkpoint, Shards
 from parity import configs, metrics
 from parity.candidate import Candidate
 from parity.reports.report import STORED, Report, Weight
@@ -34,6 +34,11 @@ def layout_faults(source: Path) -> list[str]:
         f"{source}: expected a layout that transformers loads, found {layout.title}; convert-oss {source} OUT --to hf-bf16 "
         "makes one with the same values: give that as SRC"
     ]
+
+
+def holds_values(source: Path | None) -> bool:
+    """Whether the experts of safetensors are values: those of the other side are decoded then, if they are packed."""
+    return source is not None and not Checkpoint(source, ignore=None).layout.packed
 
 
 def compare_stored(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parity import metrics
+from parity.design import Design
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.protocols import Expected, Port, SupportsCalls
@@ -20,10 +21,14 @@ class Weights:
     """
     Args:
       expect_changed: regular expressions, each matched against whole names of parameters that were trained.
+      design: by what rule values may be others, if by any.
     """
 
-    def __init__(self, port: Port, report: Report, diagnosis: Diagnosis, expect_changed: Sequence[str]):
-        self.port, self.report, self.diagnosis, self.expect_changed = port, report, diagnosis, expect_changed
+    def __init__(
+        self, port: Port, report: Report, diagnosis: Diagnosis, expect_changed: Sequence[str], design: Design | None = None
+    ):
+        self.port, self.report, self.diagnosis = port, report, diagnosis
+        self.expect_changed, self.design = expect_changed, design
 
     def compare(self, parameters: Parameters) -> bool:
         """Compare parameters as stored; False if one is missing or of another shape, so that nothing can be computed.
@@ -39,7 +44,10 @@ class Weights:
                 self.report.weights.append(weight)
                 if weight.note:
                     wrong.append(one)
-                    if is_expected(name, self.expect_changed):
+                    by_rule = self.design.moved(one, stored[name]) if self.design else None
+                    if by_rule is not None:
+                        weight.note, (weight.rule, weight.moved) = "", by_rule
+                    elif is_expected(name, self.expect_changed):
                         weight.note, weight.moved = "", _moved(one, stored[name])
                     else:
                         self.diagnosis.parameter(one, stored[name], parameters)

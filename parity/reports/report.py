@@ -29,12 +29,14 @@ STORED = "none, stored bytes"  # the oracle of a report that is of these alone
 class Weight:
     """One parameter: `note` says how it differs, and is empty where it is bit-exact, or was expected to change.
 
-    `moved` is how far it then is from what it was, relative L2: NaN where that is not known, None where it is exact.
+    `moved` is how far it then is from what it was, relative L2: NaN where that is not known, None where it is exact. `rule` is
+    what it is another by, by design (`parity.design`).
     """
 
     name: str
     note: str = ""
     moved: float | None = None
+    rule: str = ""
 
     @property
     def layer(self) -> int | None:
@@ -107,6 +109,7 @@ class Report:
     forms: list[FormResult] = dataclasses.field(default_factory=list)
     judged_flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"layer", "token", "lost", "took",
     # "margin", "explained"}: of the free run with the reference's routing replayed; one that is not explained fails
+    as_stored: dict[str, float] | None = None  # logits of the checkpoint where its values are others by design, or trained
     flips: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # with its own routing, told and not judged:
     # the same keys, and "follows": None, or {"layer", "token"} of the earlier flip that explains it
     configs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # {"name", "checkpoint", "source", "logits"}
@@ -190,7 +193,9 @@ class Report:
         from parity.reports.sections import sections
 
         differing = [{"name": weight.name, "note": weight.note} for weight in self.weights if weight.note]
-        changed = [{"name": weight.name, "moved": _json(weight.moved)} for weight in self.weights if weight.moved is not None]
+        moved = [weight for weight in self.weights if weight.moved is not None]
+        changed = [{"name": weight.name, "moved": _json(weight.moved or 0.0)} for weight in moved if not weight.rule]
+        designed = [{"name": weight.name, "rule": weight.rule, "moved": weight.moved} for weight in moved if weight.rule]
         found = {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
@@ -213,14 +218,16 @@ class Report:
             "precision": self.precision,
             "weights": {
                 "checked": len(self.weights),
-                "exact": len(self.weights) - len(differing) - len(changed),
+                "exact": len(self.weights) - len(differing) - len(moved),
                 "differing": differing,
                 "changed": changed,
+                "by_design": designed,
             },
             "loading": {"checked": self.loaded, "differing": [{"name": one.name, "note": one.note} for one in self.loading]},
             "righted": self.righted,
             "taps": [dataclasses.asdict(tap) for tap in self.taps],
             "free_run": self.free_run,
+            "as_stored": self.as_stored,
             "growth": self.growth,
             "token_kl": self.token_kl,
             "gradients": self.gradients,

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from parity import configs
+from parity.design import ROUNDED
 from parity.metrics import PRECISION_FAIL
 from parity.reports.report import STORED, Report
+
+_BY_DESIGN = {ROUNDED: "rounded to bfloat16"}
 
 
 class Section(NamedTuple):
@@ -39,6 +42,7 @@ def sections(report: Report) -> list[Section]:
         _semantics,
         _precision,
         _free_run,
+        _as_stored,
         _flips,
         _gradients,
         _forms,
@@ -61,28 +65,30 @@ def _configuration(report: Report) -> Iterator[Section]:
 
 def _weights(report: Report) -> Iterator[Section]:
     wrong = [f"{weight.name}: {weight.note}" for weight in report.weights if weight.note]
-    changed = [weight for weight in report.weights if weight.moved is not None]
-    count, exact = len(report.weights), len(report.weights) - len(wrong) - len(changed)
+    others = [weight for weight in report.weights if weight.moved is not None]
+    changed = [weight for weight in others if not weight.rule]
+    count, exact = len(report.weights), len(report.weights) - len(wrong) - len(others)
     verdict = "fail" if wrong else "ok"
     how = "as stored" if report.oracle == STORED else "decoded by transformers"
     line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {f'bit-exact, {how}':<36} "
     table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
-    if changed:
-        moved = [weight.moved or 0.0 for weight in changed]
-        table.append(
-            f"          {len(changed)} changed, as expected: moved by {min(moved):.1e} to {max(moved):.1e} (relative L2)"
-        )
+    said = [f"{len(changed)} changed, as expected"] if changed else []
+    for rule in sorted({weight.rule for weight in others}):
+        moved = [weight.moved or 0.0 for weight in others if weight.rule == rule]
+        what = _BY_DESIGN.get(rule, f"quantized, each value as rule {rule!r} says") if rule else "changed, as expected"
+        if rule:
+            said.append(f"{len(moved)} {what}")
+        table.append(f"          {len(moved)} {what}: moved by {min(moved):.1e} to {max(moved):.1e} (relative L2)")
     if not count:
         yield Section("weights", "incomplete", "no parameter was compared", [], table)
     elif wrong:
         yield Section("weights", verdict, f"not bit-exact: {len(wrong)} of {count} parameters", wrong, table)
     else:
-        said = f"; {len(changed)} changed, as expected" if changed else ""
-        lines = [f"{weight.name}: moved by {weight.moved:.1e}" for weight in changed]
-        yield Section("weights", verdict, f"all {exact} other parameters are bit-exact{said}" if changed
-                      else f"all {count} parameters are bit-exact", lines, table)  # fmt: skip
+        lines = [f"{weight.name}: moved by {weight.moved:.1e}" for weight in others]
+        headline = "; ".join([f"all {exact} other parameters are bit-exact", *said])
+        yield Section("weights", verdict, headline if others else f"all {count} parameters are bit-exact", lines, table)
 
 
 def _loading(report: Report) -> Iterator[Section]:
@@ -94,7 +100,9 @@ def _loading(report: Report) -> Iterator[Section]:
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
     if report.righted:
-        table.append(f"put right  {len(report.righted)} parameters of the loaded model: the code is judged behind them")
+        unexpected = any(weight.note for weight in report.weights)
+        done = "put right  " if unexpected else "SRC's values given to "
+        table.append(f"{done}{len(report.righted)} parameters of the loaded model: the code is judged behind them")
     headline = f"all {report.loaded} loaded parameters are the stored bytes"
     if wrong:
         headline = f"{len(wrong)} of {report.loaded} loaded parameters are not what is stored"
@@ -128,6 +136,19 @@ def _precision(report: Report) -> Iterator[Section]:
     yield Section("precision", report.precision, times, lines, [table])
 
 
+def _as_stored(report: Report) -> Iterator[Section]:
+    """What it does to the logits that values are others, by design or by training: told, not judged."""
+    if report.as_stored is not None:
+        headline = f"logits with DST's own values against SRC's: {_apart(report.as_stored)}"
+        yield Section("as stored", "info", headline, [], [f"as stored  {_apart(report.as_stored)}"])
+
+
+def _apart(run: dict[str, float]) -> str:
+    """How far logits are apart."""
+    kl = f"KL {run['kl_mean']:.1e} mean, {run['kl_p95']:.1e} p95, {run['kl_max']:.1e} max   top-1 {run['top1']:.1%}"
+    return f"max |d logit| {run['max_abs']:.1e} of {run['max_logit']:.3g}   {kl}"
+
+
 def _free_run(report: Report) -> Iterator[Section]:
     run = report.free_run
     if run is None:
@@ -139,10 +160,8 @@ def _free_run(report: Report) -> Iterator[Section]:
         runs["reference in it"] = run["reference_bfloat16"]  # what noise is: PyTorch against itself
     table = []
     for name, one in runs.items():
-        kl = f"KL {one['kl_mean']:.1e} mean, {one['kl_p95']:.1e} p95, {one['kl_max']:.1e} max   top-1 {one['top1']:.1%}"
         verdict = {"ok": "ok", "fail": "FAIL"}.get(one.get("verdict", ""), "")
-        logit = f"max |d logit| {one['max_abs']:.1e} of {one['max_logit']:.3g}"
-        table.append(f"free run  {name:<16} {logit}   {kl}   {verdict}".rstrip())
+        table.append(f"free run  {name:<16} {_apart(one)}   {verdict}".rstrip())
     if "amplified" in run:
         moved = f"moves by up to {run['amplified']:.1e}: bound {run['gate']:.1e}"
         table.append(f"          PyTorch itself, nudged by what float32 rounds, {moved}")
