@@ -21,6 +21,7 @@ from oss_model.errors import InputError
 from oss_model.layouts import BFLOAT16, FLOAT32
 from oss_model.shards import Checkpoint, Shards, write_shard
 from oss_model.synthetic import write_checkpoint
+from parity import compare
 
 PACKED = ("hf", "openai")
 KINDS = {BFLOAT16: "BF16", FLOAT32: "F32", np.dtype(np.uint8): "U8"}
@@ -474,3 +475,5 @@ def test_pruned_experts_are_no_matter(tmp_path, experts):
     convert(tmp_path / "orbax", tmp_path / "out", to="hf")
     assert tensors(tmp_path / "out") == tensors(tmp_path / "source")
     assert dialects.read(tmp_path / "out/config.json")["num_experts"] == experts
+    report = compare(tmp_path / "source", tmp_path / "orbax", layers=True)
+    assert report.verdict == "pass", report.table()

@@ -355,7 +355,7 @@ def test_the_command_writes_what_the_json_promises(tmp_path, sources, checkpoint
     report = json.loads(file.read_text())
     assert {"verdict", "exit_code", "first_divergence", "diagnosis", "weights", "taps", "free_run", "peak_rss_bytes",
             "seconds"} <= report.keys()  # fmt: skip
-    assert report["weights"] == {"checked": 88, "exact": 88, "differing": [], "changed": []}
+    assert report["weights"] == {"checked": 88, "exact": 88, "differing": [], "changed": [], "by_design": []}
     assert {"layer", "tap", "worst_token_rel_l2", "max_abs", "port_over_reference", "verdict"} <= report["taps"][0].keys()
     assert {"max_abs", "kl_mean", "kl_p95", "kl_max", "top1"} <= report["free_run"].keys()
     assert "0-4       all 14 taps" in result.stdout
