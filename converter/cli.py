@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from oss_model import hub
 from oss_model.errors import InputError, place_faults, raise_all
 from oss_model.exits import ending, run_click
 
@@ -60,12 +61,16 @@ def _shared_options(command: Callable) -> Callable:
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
 @click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
+@hub.options
 @_shared_options
-def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_memory, as_json, quiet, verbose, **form) -> int:
+def _convert_oss(
+    src, destination, dry_run, overwrite, no_verify, process, max_memory, revision, subfolder, as_json, quiet, verbose, **form
+) -> int:
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST, or back.
 
     SRC is a directory of safetensors (Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original) or an Orbax checkpoint,
-    ours or one that training saved: recognised by content. DST is a new or empty directory; it is written beside it, in
+    ours or one that training saved: recognised by content. Or it is a repository of the Hugging Face hub, OWNER/NAME, which is
+    downloaded to the hub's cache. DST is a new or empty directory; it is written beside it, in
     DST.partial, and takes its place when all of it is whole. Where DST is a mount point, or the directory above it cannot be
     written, it is written inside DST, in convert-oss.partial, and moved up when it is whole, what completes it last. Run the
     same command again to take up a conversion that was interrupted; where it is complete, and the source has not changed,
@@ -74,25 +79,33 @@ def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_m
     Examples:
 
     \b
-        convert-oss gpt-oss-20b gpt-oss-20b-orbax
+        convert-oss openai/gpt-oss-20b gpt-oss-20b-orbax
         convert-oss gpt-oss-20b-orbax served --to hf
         convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b
     """
 
     def run() -> int:
+        from converter.form import make_form
         from oss_model.memory import parse_size
 
+        def source() -> Path:
+            """SRC; a repository is not downloaded before the rest is known to be right."""
+            for name in ("like", "merge", "base", "tokenizer"):
+                form.update({name: hub.local(form[name])} if form.get(name) else {})
+            return hub.local(src, revision, subfolder, download=not dry_run)
+
         if form["to"] in ADAPTERS or form["base"]:
-            return _convert_adapter(
-                src, destination, form, dry_run or overwrite or process != (1, 1) or max_memory, as_json, quiet
-            )
+            unusable = dry_run or overwrite or process != (1, 1) or max_memory
+            return _convert_adapter(source, destination, form, unusable, as_json, quiet)
         form.pop("base")
         dst = _usable(src, destination)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
+        make_form(**{name: value for name, value in form.items() if name != "tokenizer"})
+        found_at = source()
         if dry_run:
             from converter.preview import describe, preview
 
-            found = preview(src, dst, **form, overwrite=overwrite, max_memory=memory)
+            found = preview(found_at, dst, **form, overwrite=overwrite, max_memory=memory)
             click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
             return 0
         from converter.conversion import convert
@@ -102,7 +115,7 @@ def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_m
         options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
         try:
             with progress_bar(quiet) as progress:
-                result = convert(src, dst, **form, progress=progress, **options)
+                result = convert(found_at, dst, **form, progress=progress, **options)
         except KeyboardInterrupt:
             partial = Destination(dst).partial
             where = f" in {partial}" if partial.is_dir() else ""
@@ -119,18 +132,23 @@ def _convert_oss(src, destination, dry_run, overwrite, no_verify, process, max_m
 ADAPTERS = ("orbax-lora", "peft")
 
 
-def _convert_adapter(src: str, destination: str, form: dict, unusable: object, as_json: bool, quiet: bool) -> int:
+def _convert_adapter(
+    source: Callable[[], Path], destination: str, form: dict, unusable: object, as_json: bool, quiet: bool
+) -> int:
     from converter.adapters import convert_adapter
 
-    to, base = form.pop("to"), form.pop("base")
+    to = form["to"]
     if to not in ADAPTERS:
         raise InputError(f"--base: expected --to {' or '.join(ADAPTERS)}, found {to}")
-    if unusable or any(form.values()):
+    if unusable or any(value for name, value in form.items() if name not in ("to", "base")):
         raise InputError(f"--to {to}: expected no option but --base, --json and -q, found others; updates are written whole")
     raise_all(place_faults(destination))
-    names = convert_adapter(Path(src), Path(destination), to, Path(base) if base else None)
+    src = source()
+    names = convert_adapter(src, Path(destination), to, form["base"])
     if as_json:
-        click.echo(json.dumps({"status": "complete", "source": src, "destination": destination, "to": to, "modules": names}))
+        click.echo(
+            json.dumps({"status": "complete", "source": str(src), "destination": destination, "to": to, "modules": names})
+        )
     elif not quiet:
         click.echo(f"{destination}: updates of {len(names)} linear maps", err=True)
     return 0
@@ -145,7 +163,7 @@ def _usable(src: str, destination: str) -> Path:
         dst = Path(os.path.realpath(dst))
     root = f"{dst}: expected a new or empty directory, found the root of the file system; give another name"
     faults = place_faults(dst) if dst.name else [root]
-    if faults:
+    if faults and not hub.is_id(src):
         try:
             open_checkpoint(src).close()
         except (InputError, OSError) as error:
@@ -179,8 +197,9 @@ def _say(result, verbose: bool) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dst", type=click.Path())
 @click.argument("src", type=click.Path(), required=False)
+@hub.options
 @_shared_options
-def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
+def _verify_oss(dst, src, revision, subfolder, as_json, quiet, verbose) -> int:
     """Check every byte of the converted checkpoint DST against the hashes it carries.
 
     Where SRC is given, it is decoded anew and compared as well. Exit code 1 and a line for each difference.
@@ -195,7 +214,8 @@ def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
         from converter.progress import progress_bar
 
         with progress_bar(quiet) as progress:
-            found = verify_checkpoint(dst, src, progress=progress)
+            source = None if src is None else hub.local(src, revision, subfolder)
+            found = verify_checkpoint(dst, source, progress=progress)
         for line in found.differences:
             click.echo(f"error: {line}", err=True)
         if as_json:
@@ -212,14 +232,15 @@ def _verify_oss(dst, src, as_json, quiet, verbose) -> int:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path())
+@hub.options
 @click.option(
     "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
 )
-def _inspect_oss(path, json_file) -> int:
+def _inspect_oss(path, revision, subfolder, json_file) -> int:
     """What is PATH, and what can be done with it?
 
     A directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved, or LoRA
-    updates, ours or PEFT's. Nothing is written but what --json asks for.
+    updates, ours or PEFT's; or a repository of the Hugging Face hub. Nothing is written but what --json asks for.
 
     Example:
 
@@ -228,7 +249,7 @@ def _inspect_oss(path, json_file) -> int:
     from converter.inspection import describe, inspect
     from oss_model.memory import size
 
-    found = inspect(path)
+    found = inspect(hub.local(path, revision, subfolder))
     if json_file is not None:
         json_file.write(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     if json_file is None or json_file.name != "-":

@@ -20,6 +20,7 @@ from converter.plan import Place, Plan, Target
 from converter.shard_store import CONFIG, DISCARDED
 from converter.source import companions
 from converter.store import MANIFEST, METADATA
+from oss_model.hub import origin
 from oss_model.layouts import BFLOAT16
 
 FORMAT = 1  # of conversion.json
@@ -79,7 +80,7 @@ def make_manifest(source: Source, before: dict, plan: Plan, hashes: Mapping[str,
     data = {
         "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "source": {"path": str(source.directory.resolve()), "layout": source.layout.name},
+        "source": {"path": str(source.directory.resolve()), "layout": source.layout.name, **_from_hub(source)},
         "dtype": plan.form.dtype,
         "versions": {name: version(name) for name in ("convert-oss", "orbax-checkpoint", "numpy")},
         "fingerprint": before,
@@ -95,6 +96,11 @@ def make_manifest(source: Source, before: dict, plan: Plan, hashes: Mapping[str,
         data["shards"] = {file: file_hash(header) for file, (header, _) in shards.items()}  # of what comes before the tensors
     data["self"] = _self_hash(data)
     return _text(data)
+
+
+def _from_hub(source: Source) -> dict:
+    found = origin(source.directory.resolve())
+    return {"hub": found} if found else {}
 
 
 def other_files(directory: Path, plan: Plan) -> list[str]:

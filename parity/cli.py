@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from oss_model import hub
 from oss_model.errors import Incomplete, InputError, place_faults, raise_all, system_error
 from oss_model.exits import run_click
 
@@ -76,6 +77,7 @@ class _Command(click.Command):
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
+@hub.options
 @click.pass_context
 def main(
     context: click.Context,
@@ -84,14 +86,16 @@ def main(
     prompt_file: Path | None,
     golden: Path | None,
     self_test: bool,
+    revision: str | None,
+    subfolder: str | None,
     **options,
 ) -> int:
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
-    SRC is the safetensors directory DST was made from. DST may be safetensors too, as our model reads them; of two Orbax
-    checkpoints the bytes alone are compared. The reference is PyTorch: transformers reads SRC, decodes it
-    and computes it, in float32. Every weight is compared bit by bit, and the whole model's logits; with --layers,
-    every component of every layer.
+    SRC is the safetensors directory DST was made from, or a repository of the Hugging Face hub, OWNER/NAME. DST may be
+    safetensors too, as our model reads them; of two Orbax checkpoints the bytes alone are compared. The reference is
+    PyTorch: transformers reads SRC, decodes it and computes it, in float32. Every weight is compared bit by bit, and the
+    whole model's logits; with --layers, every component of every layer.
 
     With DST alone, SRC is where DST says it came from. With neither, a small checkpoint is made, converted and
     compared: the whole tool, on any machine.
@@ -120,6 +124,8 @@ def main(
             raise_all([*faults, *_not_for_self_test(context)])
             return _self_test(Path(scratch), files)
         try:
+            raise_all(faults if source is not None and hub.is_id(str(source)) else [])  # before it is downloaded
+            source = None if source is None else hub.local(source, revision, subfolder)
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
             reference = arranged(pair[0], pair[1])[0] if isinstance(pair[0], Path) else None
             if reference is not None and not is_orbax(reference):  # only to name what is wrong with it
@@ -140,7 +146,11 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     if source is not None:
         manifest = source / "conversion.json"
         try:
-            return Path(json.loads(manifest.read_text(encoding="utf-8"))["source"]["path"]), source
+            said = json.loads(manifest.read_text(encoding="utf-8"))["source"]
+            there, made_from = Path(said["path"]), said.get("hub")
+            if made_from and not there.is_dir():  # no longer in the cache
+                there = hub.local(made_from["repository"], made_from["commit"], made_from.get("subfolder"))
+            return there, source
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{manifest}: expected a manifest of convert-oss, found none ({e}); give SRC and DST") from None
     from converter import convert

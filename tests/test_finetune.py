@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from flax import nnx
 
-from oss_model import InputError, ModelConfig, create_model_from_checkpoint, layouts, load_lora
+from oss_model import InputError, ModelConfig, create_model_from_checkpoint, hub, layouts, load_lora
 
 SCRIPT = Path(__file__).parent.parent / "scripts/examples/finetune.py"
 SPEC = importlib.util.spec_from_file_location("finetune", SCRIPT)
@@ -194,6 +194,14 @@ def test_a_tokenizer_without_its_package_is_one_line(sources, text, tmp_path, mo
     ):
         SCRIPT_MODULE.main.main([*map(str, (source, text, tmp_path / "run")), *FAST], standalone_mode=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_repository_is_a_source(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "_snapshot", lambda repository, *_: {"openai/gpt-oss-20b": source}[repository])
+    with pytest.raises(InputError, match="LoRA rule 'nothing'"):  # found in what SRC says
+        SCRIPT_MODULE.main.main(
+            ["openai/gpt-oss-20b", str(text), str(tmp_path / "run"), "--lora", "nothing"], standalone_mode=False
+        )
 
 
 def test_tokens_of_another_models_tokenizer_are_refused(cfg, text):

@@ -1,7 +1,7 @@
 r"""Fine-tune gpt-oss on a text file: convert, restore onto a mesh, train, save with plain Orbax.
 
 \b
-    finetune.py gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
+    finetune.py openai/gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
     finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\.(gate_up|down)'
 
 Without --lora the parameters that --train matches are trained, all held in float32: 16 bytes a value trained, with its
@@ -42,6 +42,7 @@ from oss_model import (
     add_lora,
     create_model_from_checkpoint,
     cross_entropy,
+    hub,
     merge_lora,
     save_lora,
 )
@@ -238,7 +239,7 @@ AT_LEAST_1 = click.IntRange(min=1)
 
 
 @click.command(help=__doc__)
-@click.argument("src", type=click.Path(exists=True, path_type=Path))
+@click.argument("src", type=click.Path())
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--mesh", default="fsdp=-1", show_default=True, help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.")
@@ -257,6 +258,7 @@ def main(
     src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, experts_qat, remat
 ):
     devices = make_mesh(mesh)
+    src = hub.local(src)  # OWNER/NAME: from the Hugging Face hub
     source = None if is_orbax(src) else Checkpoint(src)
     if source is not None:
         source.shards.close()

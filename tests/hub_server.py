@@ -1,0 +1,114 @@
+"""A server that speaks what huggingface_hub asks of the Hugging Face hub to download, with faults on demand."""
+
+import hashlib
+import json
+import threading
+import urllib.parse
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """One repository, at one commit.
+
+    Attributes:
+      url: for HF_ENDPOINT.
+      files: path in the repository -> content.
+      busy: how many of the next downloads of a file are answered by 503.
+      cut: how many of them stop in the middle.
+      lies: files whose length is said to be a byte more than it is.
+      token: that must come with each request; None: none.
+      asked: paths of files that were downloaded -> how often.
+    """
+
+    def __init__(self, directories: dict[str, Path], repository: str = "openai/gpt-oss-20b"):
+        self.repository, self.token = repository, None
+        self.files = {
+            f"{prefix}{path.relative_to(directory).as_posix()}": path.read_bytes()
+            for prefix, directory in directories.items()
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        }
+        self.busy = self.cut = 0
+        self.lies: set[str] = set()
+        self.asked: Counter[str] = Counter()
+        hub = self
+
+        class Handler(_Handler):
+            served = hub
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    served: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        hub, path = self.served, urllib.parse.unquote(self.path.partition("?")[0])
+        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        api, resolve = f"/api/models/{hub.repository}", f"/{hub.repository}/resolve/"
+        if not path.startswith((api, resolve)):
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+            return self._send(200, json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": []}).encode())
+        if path.startswith(f"{api}/revision/"):
+            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if path.startswith(f"{api}/tree/"):
+            found = [{"type": "file", "path": name, "size": len(data), "oid": _id(data)} for name, data in hub.files.items()]
+            return self._send(200, json.dumps(found).encode())
+        return self._file(path.removeprefix(resolve).partition("/")[2], body)
+
+    def _file(self, name: str, body: bool) -> None:
+        hub = self.served
+        data = hub.files.get(name)
+        if data is None:
+            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_id(data)}"', "Accept-Ranges": "bytes"}
+        if not body:
+            return self._send(200, b"", headers | {"Content-Length": str(len(data) + (name in hub.lies))})
+        hub.asked[name] += 1
+        if hub.busy:
+            hub.busy -= 1
+            return self._send(503, b"busy")
+        start = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0]) if "Range" in self.headers else 0
+        rest = data[start:]
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if hub.cut and len(rest) > 10:
+            hub.cut -= 1
+            self._send(206 if start else 200, rest[: len(rest) // 2], headers | {"Content-Length": str(len(rest))})
+            self.close_connection = True
+            self.connection.close()
+            return None
+        return self._send(206 if start else 200, rest, headers)
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+
+def _id(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()

@@ -1,0 +1,189 @@
+"""Repositories of the Hugging Face hub in place of directories, against a server that speaks its endpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, Hub
+
+from oss_model import hub as hub_of
+
+REPOSITORY = "openai/gpt-oss-20b"
+
+
+@pytest.fixture(scope="module")
+def repository(small, tmp_path_factory) -> dict[str, Path]:
+    """What a repository holds: the directory, and others that are not to be downloaded."""
+    from oss_model import ModelConfig
+    from oss_model.synthetic import write_checkpoint
+
+    root = tmp_path_factory.mktemp("repository")
+    shutil.copytree(small, root / "hf")
+    for name, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ messages }}"), ("README.md", "# card")):
+        (root / "hf" / name).write_text(text)
+    cfg = ModelConfig.from_json(small / "config.json")
+    return {"": root / "hf", "original/": write_checkpoint(root / "original", cfg, "openai"), "metal/": root / "original"}
+
+
+@pytest.fixture
+def server(repository):
+    found = Hub(repository)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """One of the commands, in a process of its own: huggingface_hub reads its environment once."""
+
+    def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        modules = {"convert-oss": "converter", "inspect-oss": "converter", "check-parity": "parity"}
+        main = "inspect_main" if arguments[0] == "inspect-oss" else "main"
+        code = "import sys\nfrom oss_model import hub; hub.WAIT_SECONDS = 0.01\n"
+        code += f"from {modules[str(arguments[0])]}.cli import {main}; sys.exit({main}(sys.argv[1:]))"
+        own = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
+        called = [sys.executable, "-c", code, *map(str, arguments[1:])]
+        return subprocess.run(called, env=kept | own | environment, cwd=tmp_path, capture_output=True, text=True)
+
+    return command
+
+
+def manifest(directory: Path) -> dict:
+    return json.loads((directory / "conversion.json").read_text())
+
+
+def only_line(result: subprocess.CompletedProcess, code: int) -> str:
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_a_repository_is_converted_and_noted(run, server, repository, tmp_path):
+    result = run("convert-oss", REPOSITORY, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "openai/gpt-oss-20b: downloading 5 files" in result.stderr
+    assert set(server.asked) == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    }
+    assert manifest(tmp_path / "out")["source"]["hub"] == {"repository": REPOSITORY, "commit": COMMIT}
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+    again = run("convert-oss", REPOSITORY, tmp_path / "out")
+    assert "already complete" in again.stderr
+    assert max(server.asked.values()) == 1  # all of it is in the cache
+    server.close()
+    offline = run("convert-oss", REPOSITORY, tmp_path / "second", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_another_directory_of_it_and_a_commit(run, server, tmp_path):
+    result = run("convert-oss", REPOSITORY, tmp_path / "out", "--subfolder", "original", "--revision", COMMIT)
+    assert result.returncode == 0, result.stderr
+    assert set(server.asked) == {"original/config.json", "original/model.safetensors"}
+    noted = manifest(tmp_path / "out")["source"]
+    assert noted["hub"] == {"repository": REPOSITORY, "commit": COMMIT, "subfolder": "original"}
+    assert noted["layout"] == "openai"
+
+
+def test_parity_takes_the_commit_that_was_converted(run, server, tmp_path):
+    """From the cache, and from the hub once more where that was emptied."""
+    assert run("convert-oss", REPOSITORY, "out").returncode == 0
+    shutil.rmtree(tmp_path / "cache")
+    result = run("check-parity", "out")
+    assert result.returncode == 0, result.stderr
+    assert "20/20" in result.stdout
+    assert server.asked["model.safetensors"] == 2
+    assert "20/20" in run("check-parity", REPOSITORY, "out", "--revision", COMMIT, HF_HUB_OFFLINE="1").stdout
+
+
+def test_a_dry_run_downloads_nothing(run, server, tmp_path):
+    line = only_line(run("convert-oss", REPOSITORY, tmp_path / "out", "--dry-run"), 2)
+    assert "expected its files in the hub's cache for a dry run, found 5 missing" in line
+    assert not server.asked
+    assert run("inspect-oss", REPOSITORY).returncode == 0
+    assert run("convert-oss", REPOSITORY, tmp_path / "out", "--dry-run").returncode == 0
+
+
+def test_nothing_is_downloaded_for_what_is_refused_anyway(run, server, tmp_path):
+    (tmp_path / "file").write_text("")
+    for more in (["file/out"], ["out", "--quantizer", "best"]):
+        assert run("convert-oss", REPOSITORY, *more).returncode == 2
+    assert not server.asked
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_a_download_that_breaks_off_goes_on(run, server, tmp_path, fault):
+    setattr(server, fault, 4)
+    result = run("convert-oss", REPOSITORY, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert getattr(server, fault) == 0
+    assert manifest(tmp_path / "out")["source"]["hub"]["commit"] == COMMIT
+
+
+@pytest.mark.parametrize("fault", ["busy", "lies"])
+def test_one_that_breaks_off_for_good_is_taken_up_again(run, server, tmp_path, fault):
+    if fault == "busy":
+        server.busy = 10**6
+    else:
+        server.lies = {"model.safetensors"}
+    line = only_line(run("convert-oss", REPOSITORY, tmp_path / "out"), 3)
+    assert "the download broke off 5 times" in line
+    assert "run the same command again" in line
+    assert not (tmp_path / "out").exists()
+    server.busy, server.lies = 0, set()
+    assert run("convert-oss", REPOSITORY, tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "line"),
+    [
+        (["nobody/nothing"], {}, "expected a directory or a hub repository, found neither"),
+        ([REPOSITORY, "--revision", "v9"], {}, "--revision: expected a branch, tag or commit, found no v9"),
+        ([REPOSITORY], {"HF_HUB_OFFLINE": "1"}, "found neither, or not all of it; HF_HUB_OFFLINE is set"),
+        ([REPOSITORY], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached"),
+        ([REPOSITORY, "--subfolder", "../x"], {}, "--subfolder: expected a directory in the repository"),
+        (["nowhere", "--revision", "main"], {}, "--revision: expected SRC to be a hub repository, OWNER/NAME, found nowhere"),
+        (["./no/where"], {}, "expected a directory"),
+    ],
+)
+def test_what_cannot_be_had_is_a_line(run, asked, environment, line):
+    assert line in only_line(run("convert-oss", asked[0], "out", *asked[1:], **environment), 2)
+
+
+def test_a_token_is_used_and_written_nowhere(run, server, tmp_path):
+    server.token = "hf_secretsecretsecret"
+    assert "hf auth login" in only_line(run("convert-oss", REPOSITORY, "out"), 2)
+    result = run("convert-oss", REPOSITORY, "out", "-v", HF_TOKEN=server.token)
+    assert result.returncode == 0, result.stderr
+    assert server.token not in result.stderr + result.stdout
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or server.token.encode() not in path.read_bytes()
+
+
+def test_without_the_extra_the_line_says_what_it_may_be(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(hub_of.InputError, match=r"if it is a repository of the Hugging Face hub, install huggingface_hub"):
+        hub_of.local(REPOSITORY)
+
+
+def test_what_is_a_repository_and_what_is_a_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    assert [text for text in ("openai/gpt-oss-20b", "a-b/c.d", "run/model", "run/typo", "./a/b", "a/b/c", "a", "/a/b", "~/a") if
+            hub_of.is_id(text)] == ["openai/gpt-oss-20b", "a-b/c.d"]  # fmt: skip
+    assert hub_of.origin(tmp_path) is None
