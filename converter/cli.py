@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
 from oss_model import hub
-from oss_model.errors import InputError, place_faults, raise_all
-from oss_model.exits import ending, run_click
+from oss_model.errors import InputError, file_faults, place_faults, raise_all
+from oss_model.exits import ending, run_click, version_option
 
 
 class Share(click.ParamType):
@@ -28,7 +29,9 @@ class Share(click.ParamType):
 def _shared_options(command: Callable) -> Callable:
     command = click.option("-v", "--verbose", is_flag=True, help="Say more about what was done.")(command)
     command = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end.")(command)
+    command = click.option("--json-file", metavar="F", type=click.Path(), help="Write it to F.")(command)
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end.")(command)
+    return version_option(command)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +67,20 @@ def _shared_options(command: Callable) -> Callable:
 @hub.options
 @_shared_options
 def _convert_oss(
-    src, destination, dry_run, overwrite, no_verify, process, max_memory, revision, subfolder, as_json, quiet, verbose, **form
+    src,
+    destination,
+    dry_run,
+    overwrite,
+    no_verify,
+    process,
+    max_memory,
+    revision,
+    subfolder,
+    as_json,
+    json_file,
+    quiet,
+    verbose,
+    **form,
 ) -> int:
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST, or back.
 
@@ -84,6 +100,8 @@ def _convert_oss(
         convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b
     """
 
+    output = _Json(as_json, json_file)
+
     def run() -> int:
         from converter.form import make_form
         from oss_model.memory import parse_size
@@ -96,7 +114,7 @@ def _convert_oss(
 
         if form["to"] in ADAPTERS or form["base"]:
             unusable = dry_run or overwrite or process != (1, 1) or max_memory
-            return _convert_adapter(source, destination, form, unusable, as_json, quiet)
+            return _convert_adapter(source, destination, form, unusable, output, quiet)
         form.pop("base")
         dst = _usable(src, destination)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
@@ -106,7 +124,8 @@ def _convert_oss(
             from converter.preview import describe, preview
 
             found = preview(found_at, dst, **form, overwrite=overwrite, max_memory=memory)
-            click.echo(json.dumps(dataclasses.asdict(found)) if as_json else describe(found))
+            if not output.give(dataclasses.asdict(found)):
+                click.echo(describe(found))
             return 0
         from converter.conversion import convert
         from converter.destination import Destination
@@ -120,20 +139,18 @@ def _convert_oss(
             partial = Destination(dst).partial
             where = f" in {partial}" if partial.is_dir() else ""
             raise KeyboardInterrupt(f"what is written is kept{where}: run the same command again to go on") from None
-        if as_json:
-            click.echo(json.dumps(dataclasses.asdict(result)))
-        elif not quiet:
+        if not output.give(dataclasses.asdict(result)) and not quiet:
             _say(result, verbose)
         return 0
 
-    return _guarded(run, as_json)
+    return output.guard(run)
 
 
 ADAPTERS = ("orbax-lora", "peft")
 
 
 def _convert_adapter(
-    source: Callable[[], Path], destination: str, form: dict, unusable: object, as_json: bool, quiet: bool
+    source: Callable[[], Path], destination: str, form: dict, unusable: object, output: "_Json", quiet: bool
 ) -> int:
     from converter.adapters import convert_adapter
 
@@ -199,7 +216,7 @@ def _say(result, verbose: bool) -> None:
 @click.argument("src", type=click.Path(), required=False)
 @hub.options
 @_shared_options
-def _verify_oss(dst, src, revision, subfolder, as_json, quiet, verbose) -> int:
+def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbose) -> int:
     """Check every byte of the converted checkpoint DST against the hashes it carries.
 
     Where SRC is given, it is decoded anew and compared as well. Exit code 1 and a line for each difference.
@@ -208,6 +225,8 @@ def _verify_oss(dst, src, revision, subfolder, as_json, quiet, verbose) -> int:
 
         verify-oss gpt-oss-20b-orbax
     """
+
+    output = _Json(as_json, json_file)
 
     def run() -> int:
         from converter.audit import verify_checkpoint
@@ -218,20 +237,19 @@ def _verify_oss(dst, src, revision, subfolder, as_json, quiet, verbose) -> int:
             found = verify_checkpoint(dst, source, progress=progress)
         for line in found.differences:
             click.echo(f"error: {line}", err=True)
-        if as_json:
-            click.echo(json.dumps(dataclasses.asdict(found)))
-        elif not quiet and not found.differences:
+        if not output.give(dataclasses.asdict(found)) and not quiet and not found.differences:
             rate = f", {found.bytes_checked / found.seconds / 1e9:.2f} GB/s" if verbose else ""
             click.echo(
                 f"{found.checkpoint}: {found.tensors} tensors, {found.bytes_checked:,} bytes as they were{rate}", err=True
             )
         return 1 if found.differences else 0
 
-    return _guarded(run, as_json)
+    return output.guard(run)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path())
+@version_option
 @hub.options
 @click.option(
     "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
@@ -257,15 +275,30 @@ def _inspect_oss(path, revision, subfolder, json_file) -> int:
     return 0
 
 
-def _guarded(run: Callable[[], int], as_json: bool) -> int:
-    """Run; where that fails, say so in JSON too, if JSON is asked for."""
-    try:
-        return run()
-    except (Exception, KeyboardInterrupt) as error:
-        if as_json:
+class _Json(NamedTuple):
+    """Where one JSON object goes at the end, if it was asked for: standard output, a file, or both."""
+
+    printed: bool
+    file: str | None
+
+    def give(self, found: dict) -> bool:
+        """Write it; whether standard output has it, and nothing else is to be said there."""
+        text = json.dumps(found)
+        if self.file not in (None, "-"):
+            Path(self.file).write_text(text + "\n", encoding="utf-8")
+        if self.printed or self.file == "-":
+            click.echo(text)
+        return self.printed or self.file == "-"
+
+    def guard(self, run: Callable[[], int]) -> int:
+        """Run; where that fails, say so in JSON too."""
+        raise_all([] if self.file is None else file_faults(self.file))
+        try:
+            return run()
+        except (Exception, KeyboardInterrupt) as error:
             code, lines = ending(error)
-            click.echo(json.dumps({"status": "failed", "exit_code": code, "errors": lines}))
-        raise
+            self.give({"status": "failed", "exit_code": code, "errors": lines})
+            raise
 
 
 def main(argv: list[str] | None = None) -> int:

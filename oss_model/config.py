@@ -21,7 +21,7 @@ QUANTIZERS = ("best", "ocp", "ceil")  # how values become MXFP4: see `oss_model.
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
-@dataclasses.dataclass(frozen=True)  # part of a module's static structure: what jit compiled holds for this one
+@dataclasses.dataclass(frozen=True, repr=False)  # part of a module's static structure: what jit compiled holds for this one
 class ModelConfig:
     """Everything the arithmetic depends on. The defaults are gpt-oss-120b.
 
@@ -59,7 +59,7 @@ class ModelConfig:
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     dtype: Any = ml_dtypes.bfloat16
-    param_dtype: str | None = None
+    param_dtype: Any = None  # None or a name; a dtype becomes its name
     expert_path: str = "auto"  # how expert sums are computed: see `oss_model.expert_paths`
     # Training for MXFP4: experts are computed with the values that an export with this quantizer will have.
     experts_qat: str | None = None
@@ -71,12 +71,22 @@ class ModelConfig:
     def __post_init__(self):
         settle = functools.partial(object.__setattr__, self)  # fields are frozen from here on
         if not self.layer_types and isinstance(self.num_hidden_layers, int):
-            settle("layer_types", tuple(FULL if n % 2 else SLIDING for n in range(self.num_hidden_layers)))
+            settle("layer_types", _in_turn(self.num_hidden_layers))
         if isinstance(self.layer_types, list):
             settle("layer_types", tuple(self.layer_types))
         with contextlib.suppress(TypeError):  # no dtype at all is a fault like a dtype that is not implemented
             settle("dtype", np.dtype(self.dtype))
+            if self.param_dtype not in (None, *PARAM_DTYPES):
+                settle("param_dtype", np.dtype(self.param_dtype).name)  # jnp.float32, as dtype takes it
         raise_all(_faults(self))
+
+    def __repr__(self) -> str:
+        """What is not as in gpt-oss-120b: every block of a model shows it."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)} | {"dtype": "bfloat16"}
+        own = {name: getattr(self, name) for name in usual} | {"dtype": self.dtype.name}
+        if self.layer_types == _in_turn(self.num_hidden_layers):
+            own["layer_types"] = ()
+        return f"ModelConfig({', '.join(f'{name}={value!r}' for name, value in own.items() if value != usual[name])})"
 
     @classmethod
     def default(cls, use_sharding: bool = False) -> "ModelConfig":
@@ -112,7 +122,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str] | None = ()) -> "ModelConfig":
-        """Read config.json (a path, or the parsed object) in any of its three dialects.
+        """Read config.json (its path or directory, or the parsed object) in any of its three dialects.
 
         The dialects: as published on the hub (written by transformers 4), as written by transformers 5
         (`rope_parameters`), and OpenAI's original. Every key is read, or known not to change the arithmetic,
@@ -180,6 +190,10 @@ def type_fault(field: str, value: Any, where: str) -> list[str]:
     else:
         return []
     return [] if good else [f"{where}: expected {expected}, found {value!r}"]
+
+
+def _in_turn(layers: int) -> tuple[str, ...]:
+    return tuple(FULL if n % 2 else SLIDING for n in range(layers))
 
 
 def _faults(cfg: ModelConfig) -> list[str]:

@@ -17,7 +17,7 @@ DIALECTS = ("transformers4", "transformers5", "openai")
 
 
 def read(source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str] | None = ()) -> dict[str, Any]:
-    """Fields of `ModelConfig` -> values, of config.json (a path, or the parsed object).
+    """Fields of `ModelConfig` -> values, of config.json (its path or directory, or the parsed object).
 
     Args:
       ignore: keys that nobody here knows, and that somebody who does says to leave alone; None: all such.
@@ -29,6 +29,7 @@ def read(source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str
     if isinstance(source, Mapping):
         return _fields(dict(source), "config.json", ignore)
     where = os.fspath(source)
+    where = os.path.join(where, "config.json") if os.path.isdir(where) else where
     try:
         with open(where, encoding="utf-8") as f:
             data = json.load(f)

@@ -102,6 +102,18 @@ def system_error(error: BaseException, where: str | None = None) -> CommandError
     return kind("; ".join(found) if where is None else f"{where}: {'; '.join(found)}")
 
 
+def file_faults(file: str | os.PathLike) -> list[str]:
+    """What is wrong with a file that is to be written at the end, found out before the long part; `-` is standard output."""
+    if os.fspath(file) == "-":
+        return []
+    faults = place_faults(file)
+    if not faults and Path(file).is_dir():
+        faults = [f"{file}: expected a file to write, found a directory; give a name in it"]
+    if not faults and not Path(file).absolute().parent.is_dir():
+        faults = [f"{file}: expected a file in an existing directory; make {Path(file).parent} first"]
+    return faults
+
+
 def place_faults(path: str | os.PathLike) -> list[str]:
     """What is wrong with `path` as the place of a new file or directory, found out without writing: a line, or none.
 

@@ -23,7 +23,7 @@ from oss_model.sharding import replicated
 
 def generate(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | np.ndarray | jax.Array,
     max_new_tokens: int,
     *,
     eos: Sequence[int] = (),
@@ -36,7 +36,8 @@ def generate(
 
     Args:
       model: the model.
-      prompts: token ids, a list a row, of any lengths; with `max_new_tokens` at most `cfg.max_position_embeddings`.
+      prompts: token ids, a list a row, of any lengths, or an array [batch, length]; with `max_new_tokens` at most
+        `cfg.max_position_embeddings`.
       max_new_tokens: at most so many a row. A row also ends after a token of `eos`, which is returned with it.
       eos: the tokens that end a row (`eos_tokens` reads them from a checkpoint).
       temperature: 0 takes the likeliest token every time.
@@ -50,6 +51,9 @@ def generate(
     Raises:
       InputError: naming every argument that is out of range.
     """
+    if any(np.ndim(row) != 1 for row in prompts):
+        raise InputError("prompts: expected token ids, a list a row, or an array [batch, length], found one row; [prompt]")
+    prompts = [np.asarray(row).tolist() for row in prompts]
     raise_all(_faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key))
     longest = max(len(row) for row in prompts)
     length = _up(longest, PROMPTS)

@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
 
         Raises:
           InputError: if no positions are given and there are more tokens than the cache has room for; if segments are given
-            with a cache.
+            with a cache; if tokens have no two axes.
         """
         x, after = self.stream(tokens, positions, cache, segment_ids)
         return self.unembed(x) if after is None else (self.unembed(x), after)
@@ -169,6 +169,8 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "b l"] | None = None,
     ) -> tuple[Float[Array, "b l h"], Cache | None]:
         """The residual stream after the last block: `unembed` those places alone whose logits are wanted."""
+        if tokens.ndim != 2:
+            raise InputError(f"tokens: expected [batch, length], found {list(tokens.shape)}; tokens[None] is a batch of one")
         room = None if cache is None else capacity(cache, self.cfg)
         at = self.place(tokens.shape, positions, cache, segment_ids)
         beyond = None if room is None else at.positions >= room

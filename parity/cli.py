@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from oss_model import hub
-from oss_model.errors import Incomplete, InputError, place_faults, raise_all, system_error
-from oss_model.exits import run_click
+from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
+from oss_model.exits import run_click, version_option
 
 if TYPE_CHECKING:
     from parity.recording import Recording
@@ -78,6 +78,7 @@ class _Command(click.Command):
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
 @hub.options
+@version_option
 @click.pass_context
 def main(
     context: click.Context,
@@ -102,11 +103,12 @@ def main(
 
     \b
     Examples:
-      check-parity --layers
-      check-parity gpt-oss-20b/ gpt-oss-20b-orbax/ --layers --json report.json --html report.html
+        check-parity --layers
+        check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --html report.html
+        check-parity gpt-oss-20b-orbax
 
-    \b
-    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed, 70 a bug, 130 interrupted.
+    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed,
+    70 a bug, 130 interrupted.
     """
     from oss_model.memory import parse_size
     from oss_model.params import is_orbax
@@ -134,7 +136,7 @@ def main(
             raise InputError(*faults, *e.faults) from None
         raise_all(faults)
         report = _compare(*pair, prompt_file, options)
-    click.echo(report.table())
+    click.echo(report.table(), err=Path("-") in files.values())
     _write(report, files)
     return report.exit_code
 
@@ -207,7 +209,7 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
 
     with _progress_bar() as progress:
         result = self_test(scratch, convert, running=RUNNING, progress=progress)
-    click.echo(result.table())
+    click.echo(result.table(), err=Path("-") in files.values())
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code
 
@@ -268,10 +270,7 @@ def _misplaced(files: dict[str, Path], record: Path | None) -> list[str]:
     faults = [] if record is None else place_faults(record)
     taken: dict[Path, str] = {}
     for form, file in files.items():
-        found = place_faults(file)
-        if not found and not file.absolute().parent.is_dir():
-            found = [f"{file}: expected a file in an existing directory; make {file.parent} first"]
-        faults += found
+        faults += file_faults(file)
         other = taken.setdefault(file.absolute(), form)
         if other != form:
             faults.append(f"{file}: expected a file for each report, found --{other} and --{form} here")
@@ -293,6 +292,9 @@ def _write_each(files: dict[str, tuple[Path, Callable[[], str]]]) -> None:
     faults, kind = [], InputError
     for file, render in files.values():
         try:
+            if str(file) == "-":
+                click.echo(render(), nl=False)
+                continue
             file.write_text(render(), encoding="utf-8")
             click.echo(f"report {file}", err=True)
         except OSError as e:

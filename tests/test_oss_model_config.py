@@ -531,8 +531,26 @@ def test_file_that_is_no_config(tmp_path):
     path.write_text("[" * 100_000)
     [fault] = faults(path)
     assert fault.startswith(f"{path}: expected a JSON object, found something unreadable (maximum recursion depth")
-    [fault] = faults(tmp_path)
-    assert fault.startswith(f"{tmp_path}: expected a JSON object, found something unreadable ([Errno 21]")
+    (tmp_path / "directory.json").mkdir()
+    where = tmp_path / "directory.json"
+    assert faults(where) == [f"{where}/config.json: expected a gpt-oss config.json, found no file"]
+
+
+def test_a_directory_stands_for_its_config(sources):
+    assert ModelConfig.from_json(sources["hf"]) == ModelConfig.from_json(sources["hf"] / "config.json")
+
+
+def test_it_shows_what_is_not_as_in_120b():
+    assert repr(ModelConfig.default()) == "ModelConfig()"
+    assert repr(ModelConfig.gpt_oss_20b()) == "ModelConfig(num_hidden_layers=24, num_experts=32)"
+    cfg = dataclasses.replace(ModelConfig.tiny(), dtype=jnp.float32, layer_types=("full_attention",) * 5, param_dtype="float32")
+    assert eval(repr(cfg)) == cfg
+    assert len(repr(cfg)) < 450
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, np.float32, np.dtype("float32"), "float32"])
+def test_param_dtype_is_given_as_dtype_is(dtype):
+    assert dataclasses.replace(ModelConfig.tiny(), param_dtype=dtype).param_dtype == "float32"
 
 
 def test_an_empty_object_names_every_key_of_the_original():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oss_model import InputError, create_model_from_checkpoint, eos_tokens, generate, generation
+from oss_model import InputError, Transformer, create_model_from_checkpoint, eos_tokens, generate, generation
 from oss_model.generation import _choose, _faults, _up
 
 PROMPTS = [[7, 301, 44, 9, 250, 13, 2, 91, 433, 120, 18, 77, 203, 64, 5], [400, 3], list(range(20, 60))]
@@ -131,3 +131,16 @@ def test_few_compilations_serve_prompts_of_any_length(model, monkeypatch):
         assert len(made) == count
         assert made == generate(model, [list(range(length))], count + 3)[0][:count]
     assert seen == {16, 64}
+
+
+def test_prompts_may_be_an_array(model, greedy):
+    rows = [[3, 4, 5], [6, 7, 8]]
+    assert generate(model, jnp.asarray(rows), 4) == generate(model, np.asarray(rows), 4) == generate(model, rows, 4)
+    for one in ([3, 4, 5], jnp.asarray([3, 4, 5])):
+        with pytest.raises(InputError, match=r"expected token ids, a list a row, or an array \[batch, length\], found one row"):
+            generate.__wrapped__(model, one, 4)  # without the checks of tests, which find it sooner
+
+
+def test_one_row_without_a_batch_is_refused(model):
+    with pytest.raises(InputError, match=r"tokens: expected \[batch, length\], found \[3\]; tokens\[None\] is a batch of one"):
+        Transformer.stream.__wrapped__(model, jnp.arange(3))

@@ -238,7 +238,7 @@ def pattern(_context, _option, value):
 AT_LEAST_1 = click.IntRange(min=1)
 
 
-@click.command(help=__doc__)
+@click.command(help=(__doc__ or "").replace("\\b", "\b"))
 @click.argument("src", type=click.Path())
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))

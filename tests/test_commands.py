@@ -1,0 +1,71 @@
+"""What the commands have in common: they are one family."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from click.testing import CliRunner
+
+import converter
+import oss_model
+import parity
+from converter import cli
+from parity.cli import main as check_parity
+
+CONVERTING = {"convert-oss": cli._convert_oss, "verify-oss": cli._verify_oss, "inspect-oss": cli._inspect_oss}
+COMMANDS = CONVERTING | {"check-parity": check_parity}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_says_its_version(name, capsys):
+    main = {"convert-oss": cli.main, "verify-oss": cli.verify_main, "inspect-oss": cli.inspect_main}.get(name)
+    if main is None:
+        said = CliRunner().invoke(check_parity, ["--version"]).output
+    else:
+        assert main(["--version"]) == 0
+        said = capsys.readouterr().out
+    assert said == f"{name} {version('convert-oss')}\n"
+    assert oss_model.__version__ == converter.__version__ == parity.__version__ == version("convert-oss")
+
+
+@pytest.mark.parametrize(("module", "name"), [("converter", "convert-oss"), ("parity", "check-parity")])
+def test_packages_run_as_modules(module, name):
+    said = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(name)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_and_examples_are_whole(name, width):
+    given = ["somewhere", "else"][: 1 if name == "inspect-oss" else 2]
+    context = COMMANDS[name].make_context(name, given, terminal_width=width, max_content_width=width)
+    text = COMMANDS[name].get_help(context)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\\b" not in text
+    assert f"\n    {name} " in text.replace("\n  ", "\n").replace("\n    ", "\n    ")
+
+
+def test_json_goes_to_a_file_or_to_standard_output(small, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    assert cli.main([str(small), str(tmp_path / "out"), "--json-file", str(file), "-q"]) == 0
+    assert json.loads(file.read_text())["status"] == "complete"
+    assert capsys.readouterr().out == ""
+    assert cli.main([str(small), str(tmp_path / "out"), "--json-file", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "already-complete"
+    assert cli.verify_main([str(tmp_path / "out"), "--json", "--json-file", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
+    assert cli.main([str(tmp_path / "nothing"), str(tmp_path / "other"), "--json-file", str(file)]) == 2
+    assert json.loads(file.read_text())["exit_code"] == 2
+    capsys.readouterr()
+    assert cli.main([str(small), str(tmp_path / "other"), "--json-file", str(tmp_path / "no/where.json")]) == 2
+    assert "expected a file in an existing directory" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_report_on_standard_output_is_alone_there(small, small_out):
+    result = CliRunner().invoke(check_parity, [str(small), str(small_out), "--json", "-"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["verdict"] == "pass"
+    assert "PASS" in result.stderr
