@@ -13,7 +13,7 @@ import click
 
 from oss_model import hub
 from oss_model.errors import InputError, file_faults, place_faults, raise_all
-from oss_model.exits import ending, run_click, version_option
+from oss_model.exits import ending, run_click
 
 
 class Share(click.ParamType):
@@ -26,12 +26,24 @@ class Share(click.ParamType):
         return int(found[1]), int(found[2])
 
 
+def _version(command: Callable) -> Callable:
+    return click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")(command)
+
+
+def _hub_options(command: Callable) -> Callable:
+    """Of a command whose SRC may be a repository (`oss_model.hub`)."""
+    command = click.option("--subfolder", metavar="DIR", help="Of a hub repository: a directory in it (original).")(command)
+    return click.option("--revision", metavar="REV", help="Of a hub repository: branch, tag or commit. [default: main]")(
+        command
+    )
+
+
 def _shared_options(command: Callable) -> Callable:
     command = click.option("-v", "--verbose", is_flag=True, help="Say more about what was done.")(command)
     command = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")(command)
     command = click.option("--json-file", metavar="F", type=click.Path(), help="Write it to F.")(command)
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end.")(command)
-    return version_option(command)
+    return _version(command)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +76,7 @@ def _shared_options(command: Callable) -> Callable:
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
 @click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
-@hub.options
+@_hub_options
 @_shared_options
 def _convert_oss(
     src,
@@ -162,11 +174,8 @@ def _convert_adapter(
     raise_all(place_faults(destination))
     src = source()
     names = convert_adapter(src, Path(destination), to, form["base"])
-    if as_json:
-        click.echo(
-            json.dumps({"status": "complete", "source": str(src), "destination": destination, "to": to, "modules": names})
-        )
-    elif not quiet:
+    found = {"status": "complete", "source": str(src), "destination": destination, "to": to, "modules": names}
+    if not output.give(found) and not quiet:
         click.echo(f"{destination}: updates of {len(names)} linear maps", err=True)
     return 0
 
@@ -214,7 +223,7 @@ def _say(result, verbose: bool) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dst", type=click.Path())
 @click.argument("src", type=click.Path(), required=False)
-@hub.options
+@_hub_options
 @_shared_options
 def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbose) -> int:
     """Check every byte of the converted checkpoint DST against the hashes it carries.
@@ -249,8 +258,8 @@ def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbos
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path())
-@version_option
-@hub.options
+@_version
+@_hub_options
 @click.option(
     "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
 )

@@ -48,13 +48,6 @@ def run_command(command: Callable[[], int | None]) -> int:
         return code or _unwritten()
 
 
-def version_option(command: Any) -> Any:
-    """`--version`, which asks for nothing that is heavy."""
-    import click
-
-    return click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")(command)
-
-
 def run_click(command: Any, name: str, argv: Sequence[str] | None = None) -> int:
     """`run_command` for a `click.Command`, whose wrong usage is bad input like any other.
 

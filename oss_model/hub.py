@@ -10,10 +10,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-import click
 
 from oss_model.errors import Incomplete, InputError
 
@@ -22,16 +20,6 @@ FILES = ("*.safetensors", "*.json", "*.jinja")
 TRIES = 5  # of a download that breaks off; the files that are whole are kept
 WAIT_SECONDS = 1.0  # before the second, twice as long before each after it
 _CACHED = re.compile(r".*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(?:/(.*))?")
-
-
-def options(command: Callable) -> Callable:
-    """`--revision` and `--subfolder`, of a command whose SRC may be a repository."""
-    command = click.option("--subfolder", metavar="DIR", help="Of a hub repository: the directory in it, such as original.")(
-        command
-    )
-    return click.option("--revision", metavar="REV", help="Of a hub repository: a branch, tag or commit. [default: main]")(
-        command
-    )
 
 
 def is_id(text: str) -> bool:

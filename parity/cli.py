@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from oss_model import hub
 from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
-from oss_model.exits import run_click, version_option
+from oss_model.exits import run_click
 
 if TYPE_CHECKING:
     from parity.recording import Recording
@@ -77,8 +77,9 @@ class _Command(click.Command):
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
-@hub.options
-@version_option
+@click.option("--revision", metavar="REV", help="Where SRC is a hub repository: a branch, tag or commit. [default: main]")
+@click.option("--subfolder", metavar="DIR", help="Where SRC is a hub repository: the directory in it, such as original.")
+@click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 @click.pass_context
 def main(
     context: click.Context,
