@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ class _Command(click.Command):
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompt.")
 @click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
 @click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
+@click.option("--card", type=_FILE, metavar="F", help="Write a verification card to F: Markdown, for a hub repository.")
 @click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
 @click.option("--revision", metavar="REV", help="Where SRC is a hub repository: a branch, tag or commit. [default: main]")
 @click.option("--subfolder", metavar="DIR", help="Where SRC is a hub repository: the directory in it, such as original.")
@@ -117,7 +119,7 @@ def main(
     from parity.stored import arranged
 
     options["forms"] = options["forms"] or ("default" if options["layers"] else "none")
-    outputs = {form: options.pop(form) for form in ("json", "junit", "html")}
+    outputs = {form: options.pop(form) for form in ("json", "junit", "html", "card")}
     files = {form: file for form, file in outputs.items() if file is not None}
     faults = [*_two_prompts(context), *_misplaced(files, options["record"])]
     if options["max_memory"] is not None:
@@ -138,7 +140,7 @@ def main(
         raise_all(faults)
         report = _compare(*pair, prompt_file, options)
     click.echo(report.table(), err=Path("-") in files.values())
-    _write(report, files)
+    _write(report, files, _typed(context))
     return report.exit_code
 
 
@@ -278,13 +280,27 @@ def _misplaced(files: dict[str, Path], record: Path | None) -> list[str]:
     return faults
 
 
-def _write(report: "Report", files: dict[str, Path]) -> None:
-    from parity.reports import html, junit
+def _typed(context: click.Context) -> str:
+    """The command, by what was given to it."""
+    words = ["check-parity"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            for one in value if parameter.multiple else [value]:
+                words += [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
+                words += [] if one is True else [str(one)]
+    return shlex.join(words)
+
+
+def _write(report: "Report", files: dict[str, Path], command: str) -> None:
+    from parity.reports import card, html, junit
 
     render = {
         "json": lambda: report.to_json() + "\n",
         "junit": lambda: junit.render(report),
         "html": lambda: html.render(report),
+        "card": lambda: card.render(report, command),
     }
     _write_each({form: (file, render[form]) for form, file in files.items()})
 
