@@ -76,7 +76,7 @@ def test_everything_pasted_in_order_works(at_home):
                 ended[line] = run(line)
     expected = {line: 1 if "exits 1" in line else 0 for line in ended}
     assert ended == expected
-    assert len(ended) == 18
+    assert len(ended) == 17
     assert scope["logits"].shape == (1, 5, 512)
     assert len(scope["logits"].sharding.device_set) == jax.device_count() == 8
     assert np.isfinite(scope["loss"])
