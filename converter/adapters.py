@@ -23,10 +23,11 @@ from converter.errors import Different
 from converter.orbax_source import stored_arrays
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
-from oss_model.files import sync, write_file
+from oss_model.files import parse_json, sync, write_file
 from oss_model.layouts import linear_maps, lora_shapes
+from oss_model.lora_note import NOTE, Noted, is_finite, is_rank, read_note, write_note
 
-NOTE, CONFIG, TENSORS = "lora.json", "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TOP = "base_model.model."
 EXPERTS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
@@ -68,13 +69,12 @@ def read(directory: Path, cfg: ModelConfig, value: Callable[[str], np.ndarray] |
 
 
 def _read_ours(directory: Path, cfg: ModelConfig) -> dict[str, Update]:
-    try:
-        noted = dict(json.loads((directory / NOTE).read_text(encoding="utf-8"))["updates"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    noted = read_note(directory)
+    if noted is None:
         raise InputError(
-            f"{directory / NOTE}: expected the ranks and alphas that save_lora notes, found none that can be read ({e}); load "
-            "the updates with oss_model.load_lora, and save them anew with save_lora"
-        ) from None
+            f"{directory / NOTE}: expected the ranks and alphas that save_lora notes, found no file; load the updates with"
+            " oss_model.load_lora, and save them anew with save_lora"
+        )
     found = {name.removesuffix(".value"): array for name, array in stored_arrays(directory).items()}
     known = {f"{name}.lora.{part}" for name in noted for part in "ab"}
     strange = sorted(found.keys() - known)
@@ -89,10 +89,10 @@ def _read_ours(directory: Path, cfg: ModelConfig) -> dict[str, Update]:
             faults.append(f"{directory}: {name}: expected lora.a and lora.b, found {'one' if any(pair) else 'none'} of them")
             continue
         a, b = (np.asarray(array.read(), np.float32) for array in pair if array is not None)
-        wrong = _misfit(directory, name, cfg, a.shape, b.shape, about["rank"])
+        wrong = _misfit(directory, name, cfg, a.shape, b.shape, about.rank)
         faults += wrong
         if not wrong:
-            updates[name] = Update(a, b, float(about["alpha"]))
+            updates[name] = Update(a, b, about.alpha)
     raise_all(sorted(faults))
     return updates
 
@@ -109,8 +109,7 @@ def write_ours(directory: Path, updates: Mapping[str, Update]) -> None:
         node |= {"a": {"value": update.a}, "b": {"value": update.b}}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory.absolute(), tree)
-    noted = {name: {"rank": update.rank, "alpha": update.alpha} for name, update in updates.items()}
-    write_file(directory / NOTE, json.dumps({"rules": [], "updates": noted}, indent=1).encode())
+    write_note(directory, {name: Noted(update.rank, update.alpha) for name, update in updates.items()})
 
 
 def _misfit(directory: Path, name: str, cfg: ModelConfig, a: tuple[int, ...], b: tuple[int, ...], rank: int) -> list[str]:
@@ -175,18 +174,23 @@ def peft_config(directory: Path) -> dict[str, Any]:
       InputError: naming every key that is unknown, or asks for something that is not implemented.
     """
     try:
-        about = dict(json.loads((directory / CONFIG).read_bytes()))
+        about = dict(parse_json((directory / CONFIG).read_bytes()))
         faults = []
         for key, only in _ONLY.items():
             if (found := about.get(key, only)) != only and found not in ([], {}):
                 faults.append(f"{directory / CONFIG}: {key}: only {only!r} is implemented, found {found!r}")
         for key in sorted(about.keys() - _ONLY.keys() - _READ - _HARMLESS):
             faults.append(f"{directory / CONFIG}: {key}: not a key of LoRA that is known here; it may change the updates")
-        if type(about.get("r")) is not int or not isinstance(about.get("lora_alpha"), int | float):
-            faults.append(
-                f"{directory / CONFIG}: expected r and lora_alpha, found {about.get('r')!r}, {about.get('lora_alpha')!r}"
-            )
-    except (OSError, ValueError, TypeError) as e:
+        numbers = {"r": is_rank, "lora_alpha": is_finite}
+        wrong = [f"{key} {str(about.get(key))[:80]}" for key, fits in numbers.items() if not fits(about.get(key))]
+        for key, fits in (("rank_pattern", is_rank), ("alpha_pattern", is_finite)):
+            patterns = about.get(key) or {}
+            wrong += [f"{key} {str(value)[:80]} of {name}" for name, value in dict(patterns).items() if not fits(value)]
+            for pattern in patterns:
+                re.compile(pattern)
+        if wrong:
+            faults.append(f"{directory / CONFIG}: expected ranks from 1 on and finite alphas, found {', '.join(wrong)}")
+    except (OSError, ValueError, TypeError, re.error) as e:
         raise InputError(
             f"{directory / CONFIG}: expected the JSON object of a PEFT adapter, found something else ({e})"
         ) from None
@@ -360,6 +364,6 @@ def _same(one: Update, other: Update) -> bool:
 
 def _named_base(src: Path) -> str | None:
     try:
-        return json.loads((src / CONFIG).read_bytes())["base_model_name_or_path"]
+        return parse_json((src / CONFIG).read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -7,6 +7,7 @@ from converter.ends import Source
 from converter.form import Form
 from oss_model import dialects
 from oss_model.config import FULL, SLIDING
+from oss_model.files import parse_json
 
 # What a quantizer must leave alone, as published; by this key alone vLLM chooses its loader.
 MXFP4 = {
@@ -29,11 +30,11 @@ def config_of(source: Source, form: Form) -> bytes | None:
     if form.to == "orbax":
         if not form.ignore:
             return None
-        found = json.loads((source.home / "config.json").read_bytes())
+        found = parse_json((source.home / "config.json").read_bytes())
         return _text({key: value for key, value in found.items() if key not in form.ignore})
     if form.to == "openai":
         return _text(dialects.write(source.cfg, "openai"))
-    found = json.loads((source.home / "config.json").read_bytes())
+    found = parse_json((source.home / "config.json").read_bytes())
     kept = {key: value for key, value in found.items() if key not in {*_OF_THE_FORM, *form.ignore} and not key.startswith("_")}
     kept = kept if "model_type" in found or "num_local_experts" in found else {}  # of OpenAI's dialect, nothing
     said = dialects.write(source.cfg, "transformers4") | {
@@ -69,7 +70,7 @@ def notes(source: Source, form: Form, companions: list[Path]) -> list[str]:
 def _base(trained: Path) -> str | None:
     """What scripts/examples/finetune.py began with."""
     try:
-        return str(json.loads(trained.read_bytes())["base"])
+        return str(parse_json(trained.read_bytes())["base"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

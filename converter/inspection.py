@@ -21,6 +21,8 @@ from converter.source import open_checkpoint
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError
+from oss_model.files import parse_json
+from oss_model.lora_note import read_note
 
 PUBLISHED = {
     (cfg.num_hidden_layers, cfg.num_experts, cfg.hidden_size, cfg.vocab_size): name
@@ -73,7 +75,7 @@ def _of_a_model(directory: Path, source: Source) -> Inspection:
     manifest = read_manifest(source.home)
     made_from = {key: manifest[key] for key in ("source", "dtype", "form", "created") if key in manifest} if manifest else None
     with contextlib.suppress(OSError, ValueError):
-        made_from = (made_from or {}) | {"trained_from": json.loads((source.home / TRAINED).read_bytes())["base"]}
+        made_from = (made_from or {}) | {"trained_from": parse_json((source.home / TRAINED).read_bytes())["base"]}
     sizes = (cfg.num_hidden_layers, cfg.num_experts, cfg.hidden_size, cfg.vocab_size)
     return Inspection(
         path=str(directory),
@@ -131,7 +133,7 @@ def _of_updates(directory: Path) -> Inspection:
         base = about.get("base_model_name_or_path")
     else:
         shapes = {name: (array.shape, array.dtype) for name, array in stored_arrays(directory).items()}
-        ranks, base = json.loads((directory / adapters.NOTE).read_bytes())["updates"], None
+        ranks, base = {name: one._asdict() for name, one in (read_note(directory) or {}).items()}, None
     dtypes = collections.defaultdict(lambda: [0, 0])
     for shape, dtype in shapes.values():
         dtypes[dtype.name][0] += 1

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from oss_model.files import write_all
+from oss_model.files import parse_json, write_all
 
 SYNC_SECONDS = 1.0
 
@@ -60,7 +60,7 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Hashes]:
     for path in paths:
         for line in path.read_bytes().split(b"\n"):
             try:
-                data = json.loads(line)
+                data = parse_json(line)
                 read = tuple(bytes.fromhex(digest) for digest in data["read"])
                 lost = data.get("lost")
                 found[str(data["chunk"])] = Hashes(bytes.fromhex(data["stored"]), read, tuple(lost) if lost else None)

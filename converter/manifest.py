@@ -20,6 +20,7 @@ from converter.plan import Place, Plan, Target
 from converter.shard_store import CONFIG, DISCARDED
 from converter.source import companions
 from converter.store import MANIFEST, METADATA
+from oss_model.files import parse_json
 from oss_model.hub import origin
 from oss_model.layouts import BFLOAT16
 
@@ -123,7 +124,7 @@ def read_manifest(directory: Path) -> dict | None:
     """conversion.json as it was written; None if it is missing, or damaged in any way."""
     try:
         text = (directory / MANIFEST).read_bytes()
-        data = json.loads(text)
+        data = parse_json(text)
         return data if data["self"] == _self_hash(data) and text == _text(data) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

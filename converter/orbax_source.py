@@ -1,6 +1,5 @@
 """An Orbax checkpoint as a source: ours, or one that training saved, with whatever lies beside the model in it."""
 
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
+from oss_model.files import parse_json
 from oss_model.layouts import BFLOAT16, BLOCK_BYTES, FLOAT32, UINT8, Entry
 from oss_model.zarr import METADATA, DamagedChunk, StoredArray, open_arrays
 
@@ -151,7 +151,7 @@ def _ours(found: dict[str, StoredArray]) -> dict[str, Array]:
 def _theirs(directory: Path) -> dict[str, Array]:
     """Every array that tensorstore finds where the metadata has one: name -> array."""
     try:
-        entries = json.loads((directory / METADATA).read_bytes())["tree_metadata"].values()
+        entries = parse_json((directory / METADATA).read_bytes())["tree_metadata"].values()
         names = [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{directory / METADATA}: expected Orbax's metadata, found something else ({e!r})") from None
@@ -169,7 +169,7 @@ def _open(directory: Path, key: str) -> Any:
     """The tensorstore of an array."""
     import tensorstore
 
-    about = json.loads((directory / METADATA).read_bytes())
+    about = parse_json((directory / METADATA).read_bytes())
     kvstore: dict = {"driver": "file", "path": f"{directory / key}/"}
     if about.get("use_ocdbt", True):
         kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}, "path": f"{key}/"}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from converter.journal import Hashes, Journal, read_journals
 from oss_model.errors import InputError, place_faults, raise_all
-from oss_model.files import sync, write_file
+from oss_model.files import parse_json, sync, write_file
 
 MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
 LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")
@@ -236,7 +236,7 @@ class Workspace:
     def _state(self) -> dict | None:
         """What state.json says; None if it is missing, was cut short before anything else was written, or is not ours."""
         try:
-            state = json.loads(self._read("state.json"))
+            state = parse_json(self._read("state.json"))
             ours = state["fingerprint"].keys() >= {"source", "layout", "dtype", "version"} and state["processes"] >= 1
         except (ValueError, KeyError, TypeError, AttributeError):
             return None

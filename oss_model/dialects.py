@@ -5,13 +5,13 @@ original. Reading, every key is read, or known not to change the arithmetic, or 
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from oss_model.config import CAST, TYPES, ModelConfig, type_fault
 from oss_model.errors import InputError, raise_all
+from oss_model.files import parse_json
 
 DIALECTS = ("transformers4", "transformers5", "openai")
 
@@ -32,10 +32,10 @@ def read(source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str
     where = os.path.join(where, "config.json") if os.path.isdir(where) else where
     try:
         with open(where, encoding="utf-8") as f:
-            data = json.load(f)
+            data = parse_json(f.read())
     except FileNotFoundError:
         raise InputError(f"{where}: expected a gpt-oss config.json, found no file") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise InputError(f"{where}: expected a JSON object, found something unreadable ({e})") from None
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(data).__name__}")

@@ -1,13 +1,27 @@
 """Whole reads and whole writes, and what the disk is known to have: the system may do either in parts."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 WRITE_BYTES = 1 << 18  # a call; of 1 MiB and more, the kernel (Linux 6.18, ext4) took 3 times the CPU time a byte
 READ_BYTES = 1 << 30  # a call; Linux reads no more than 2 GB
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, of text from strangers.
+
+    Raises:
+      ValueError: if it is not JSON, or nested so deeply that Python gives up.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_all(fd: int, out: np.ndarray, offset: int) -> None:

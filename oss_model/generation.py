@@ -4,7 +4,6 @@ Sampling follows transformers: logits / temperature, then top_k, then top_p (arX
 """
 
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from oss_model.cache import EMPTY, Cache, grown, init_cache
 from oss_model.errors import InputError, raise_all
+from oss_model.files import parse_json
 from oss_model.modeling import Transformer
 from oss_model.sharding import replicated
 
@@ -87,7 +87,7 @@ def eos_tokens(checkpoint_path: str | os.PathLike) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = Path(checkpoint_path) / name
         try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            found = parse_json(file.read_text(encoding="utf-8")).get("eos_token_id")
         except FileNotFoundError:
             continue
         except (OSError, ValueError, AttributeError) as e:

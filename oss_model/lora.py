@@ -7,13 +7,11 @@ alone; here a rule names modules, and one that would do that is refused.
 """
 
 import functools
-import json
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +20,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError, raise_all
+from oss_model.errors import raise_all
 from oss_model.experts import ExpertLinear
-from oss_model.files import write_file
 from oss_model.layers import Linear, LowRank, contract
 from oss_model.layouts import lora_shapes, parameter_name
+from oss_model.lora_note import NOTE, Noted, read_note, write_note
 from oss_model.modeling import Transformer
 from oss_model.params import stored_parameters
 from oss_model.restoring import restoring
@@ -124,12 +122,11 @@ def save_lora(model: Transformer, directory: str | os.PathLike, rules: str | Seq
     """
     modules = {name: module.lora for name, module in _adaptable(model) if module.lora is not None}
     raise_all([] if modules else [f"{directory}: expected a model with LoRA parameters to save, found one without"])
-    updates = {name: {"rank": update.rank, "alpha": update.alpha} for name, update in modules.items()}
     path = Path(directory).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, nnx.state(model, nnx.LoRAParam), force=True)
-    noted = {"rules": [rules] if isinstance(rules, str) else list(rules), "updates": updates}
-    write_file(path / NOTE, json.dumps(noted, indent=1).encode())
+    updates = {name: Noted(update.rank, float(update.alpha)) for name, update in modules.items()}
+    write_note(path, updates, [rules] if isinstance(rules, str) else list(rules))
 
 
 def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
@@ -145,7 +142,7 @@ def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
     """
     path = Path(directory).absolute()
     found, modules = stored_parameters(path), dict(_adaptable(model))
-    noted, before = _noted(path), any(name.endswith(".lora_b") for name in found)
+    noted, before = read_note(path) or {}, any(name.endswith(".lora_b") for name in found)
     ends = (".lora_a", ".lora_b") if before else (".lora.a", ".lora.b")
     ranks = {name.removesuffix(ends[1]): shape[-1] for name, (shape, _) in found.items() if name.endswith(ends[1])}
     faults = [f"{path}: expected LoRA parameters, found none"] if not ranks else []
@@ -162,9 +159,7 @@ def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
                 faults.append(f"{path}: {name}: expected shapes {list(want)}, found {shapes}")
     raise_all(faults)
     for name, rank in ranks.items():
-        _add(
-            modules[name], lora_shapes(name, model.cfg, rank), model.cfg, rank if before else noted[name]["alpha"], nnx.Rngs(0)
-        )
+        _add(modules[name], lora_shapes(name, model.cfg, rank), model.cfg, rank if before else noted[name].alpha, nnx.Rngs(0))
     state = nnx.state(model, nnx.LoRAParam)
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     like = named_before(like) if before else like
@@ -172,19 +167,6 @@ def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:
         restored = checkpointer.restore(path, like)
     nnx.update(model, named_now(restored) if before else restored)
     return list(ranks)
-
-
-NOTE = "lora.json"
-
-
-def _noted(path: Path) -> dict[str, dict[str, Any]]:
-    """Module -> rank and alpha; empty without a note."""
-    try:
-        return dict(json.loads((path / NOTE).read_text(encoding="utf-8"))["updates"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path / NOTE}: expected the note of save_lora, found something unreadable ({e})") from None
 
 
 def named_before(state: nnx.State) -> nnx.State:

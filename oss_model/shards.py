@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from oss_model import layouts
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
-from oss_model.files import read_all
+from oss_model.files import parse_json, read_all
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "U8": np.dtype(np.uint8)}
@@ -217,7 +217,7 @@ def _read_index(path: Path, faults: list[str]) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{path}: expected an index with a weight_map object, found something else ({e!r})") from None
@@ -239,7 +239,7 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor] | None:
             pass  # the library checks the header against itself and against the file's length
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
+            header = parse_json(f.read(length))
     except (SafetensorError, OSError, ValueError) as e:
         faults.append(f"{file}: expected a whole safetensors file, found a truncated or damaged one ({e}). Download it again")
         return None

@@ -4,7 +4,6 @@ What an array is comes from its own zarr.json, never from our own grid, so that 
 form (compressed, cut otherwise, in one file a process) is Orbax's to read: `open_arrays` says which it is.
 """
 
-import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oss_model.files import crc32c, read_all
+from oss_model.files import crc32c, parse_json, read_all
 from oss_model.layouts import BFLOAT16, FLOAT32, UINT8
 from oss_model.mxfp4 import widen_into
 
@@ -161,7 +160,7 @@ def open_arrays(path: Path) -> dict[str, StoredArray] | None:
     Names are those of the tree, such as `layers.0.attn.sinks.value`.
     """
     try:
-        metadata = json.loads((path / METADATA).read_bytes())
+        metadata = parse_json((path / METADATA).read_bytes())
         if metadata["use_ocdbt"] or not metadata["use_zarr3"]:
             return None
         found = {}
@@ -176,7 +175,7 @@ def open_arrays(path: Path) -> dict[str, StoredArray] | None:
 
 
 def _open(directory: Path) -> StoredArray | None:
-    found = json.loads((directory / "zarr.json").read_bytes())
+    found = parse_json((directory / "zarr.json").read_bytes())
     shape, (rows, *_) = tuple(found["shape"]), found["chunk_grid"]["configuration"]["chunk_shape"]
     sizes = (*shape, rows)
     if not all(type(size) is int and size > 0 for size in sizes) or found["data_type"] not in DTYPES:

@@ -1,7 +1,6 @@
 """The command line of check-parity: parse, call, print."""
 
 import contextlib
-import json
 import shlex
 import sys
 import tempfile
@@ -149,9 +148,11 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
     if source is not None and checkpoint is not None:
         return source, checkpoint
     if source is not None:
+        from oss_model.files import parse_json
+
         manifest = source / "conversion.json"
         try:
-            said = json.loads(manifest.read_text(encoding="utf-8"))["source"]
+            said = parse_json(manifest.read_text(encoding="utf-8"))["source"]
             there, made_from = Path(said["path"]), said.get("hub")
             if made_from and not there.is_dir():  # no longer in the cache
                 there = hub.local(made_from["repository"], made_from["commit"], made_from.get("subfolder"))
@@ -170,8 +171,10 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
 
 def _ignored(checkpoint: Path) -> list[str]:
     """Keys of SRC's config.json that DST was converted without."""
+    from oss_model.files import parse_json
+
     try:
-        return list(json.loads((checkpoint / "conversion.json").read_bytes())["form"]["ignored_config_keys"])
+        return list(parse_json((checkpoint / "conversion.json").read_bytes())["form"]["ignored_config_keys"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

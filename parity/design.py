@@ -5,12 +5,12 @@ What is expected of it then is its own manifest's rule applied to the other's va
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from oss_model.files import parse_json
 from parity import equations as eq
 from parity.protocols import Expected
 
@@ -66,7 +66,7 @@ def by_design(source: Path, checkpoint: Path) -> Design | None:
 def _noted(path: Path) -> tuple[dict, str]:
     """(the form, SRC) that a manifest says; nothing where there is none."""
     try:
-        manifest = json.loads((path / "conversion.json").read_bytes())
+        manifest = parse_json((path / "conversion.json").read_bytes())
         return dict(manifest.get("form") or {}), str(manifest["source"]["path"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}, ""

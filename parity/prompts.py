@@ -1,12 +1,12 @@
 """What the two sides are asked: random tokens, token ids from a file, or text where there is a tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from oss_model.errors import InputError
+from oss_model.files import parse_json
 
 
 class Prompt(NamedTuple):
@@ -47,7 +47,7 @@ def read_prompt(file: Path, vocab: int, tokenizer: Path) -> Prompt:
     except (OSError, ValueError) as e:
         raise InputError(f"{file}: expected token ids as JSON, or text, found something unreadable ({e})") from None
     try:
-        rows: Any = json.loads(text)
+        rows: Any = parse_json(text)
     except ValueError:
         rows = _encode(text, file, tokenizer)
     if not isinstance(rows, list):

@@ -17,6 +17,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from oss_model.errors import InputError
+from oss_model.files import parse_json
 from oss_model.taps import LAYER_TAPS
 from parity.prompts import Prompt
 from parity.protocols import (
@@ -179,7 +180,7 @@ class Recording:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         try:
-            self.manifest = json.loads((self.directory / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest = parse_json((self.directory / MANIFEST).read_text(encoding="utf-8"))
             if self.manifest["format"] != FORMAT:
                 raise InputError(f"{directory}: expected a recording of format {FORMAT}, found {self.manifest['format']!r}")
             self.sizes = Sizes(**self.manifest["sizes"])

@@ -237,7 +237,7 @@ def test_an_adapter_of_pefts_is_ours_and_back(theirs, sources, checkpoints, cfg,
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: only None is implemented, found ['lm_head']"),
         ({"peft_type": "LOHA"}, "peft_type: only 'LORA' is implemented, found 'LOHA'"),
         ({"zz_new": 1}, "zz_new: not a key of LoRA that is known here; it may change the updates"),
-        ({"r": None}, "expected r and lora_alpha, found None, 5"),
+        ({"r": None}, "expected ranks from 1 on and finite alphas, found r None"),
     ],
 )
 def test_what_is_not_lora_is_refused_by_its_key(theirs, sources, tmp_path, capsys, change, said):

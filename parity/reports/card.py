@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from oss_model.files import parse_json
 from parity.reports.report import FormResult, Report
 from parity.reports.sections import Section, sections
 
@@ -90,7 +91,7 @@ def _named(path: str) -> str:
 def _hashed(path: str) -> tuple[str, str, str] | None:
     """(xxh3 of the manifest, what it says SRC was, sha256 over every tensor's hash) of a checkpoint that has a manifest."""
     try:
-        manifest = json.loads((Path(path) / "conversion.json").read_bytes())
+        manifest = parse_json((Path(path) / "conversion.json").read_bytes())
         tensors = sorted((name, one["hash"]) for name, one in manifest["tensors"].items())
         made_from = manifest["source"].get("hub") or {"layout": manifest["source"]["layout"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
