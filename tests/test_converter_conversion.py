@@ -143,6 +143,27 @@ def test_overwrite_replaces_a_finished_checkpoint_only_when_told(hf, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["beside", "mount point"])
+def test_replacing_follows_no_link_out(small, tmp_path, monkeypatch, inside):
+    """A file and a chunk became links to elsewhere, where nothing is touched. A directory that did is a stranger's."""
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    if inside:
+        monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    convert(small, out, verify=False)
+    elsewhere.mkdir()
+    for name in ("config.json", "norm.scale.value/c/0"):
+        kept = (out / name).rename(elsewhere / name.replace("/", "-"))
+        (out / name).symlink_to(kept)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    (out / "stranger").symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"stranger: not in conversion\.json, so --overwrite does not remove it"):
+        convert(small, out, "mxfp4", overwrite=True, verify=False)
+    (out / "stranger").unlink()
+    convert(small, out, "mxfp4", overwrite=True, verify=False)
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_foreign_directory_is_never_touched(hf, tmp_path, overwrite):
     (tmp_path / "out").mkdir()

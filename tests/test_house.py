@@ -1,6 +1,7 @@
 """Who may import whom, and what starts without PyTorch and without JAX."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,43 @@ def test_the_base_installation_has_no_pytorch():
 
 def test_the_model_can_be_read_in_one_sitting():
     assert len((ROOT / "oss_model/modeling.py").read_text(encoding="utf-8").splitlines()) <= 300
+
+
+# --- what is never done -----------------------------------------------------------------------------------------
+
+# Code that files of strangers, or names, could make run something else.
+NEVER = {
+    "pickle": r"\bpickle\b|allow_pickle\s*=\s*True|\bshelve\b|\bmarshal\b|\bdill\b",
+    "torch.load": r"torch\.load\b",
+    "code from a repository": r"trust_remote_code",
+    "a shell": r"shell\s*=\s*True|os\.system\(|os\.popen\(|getoutput\(",
+    "evaluation": r"(?<![.\w])(eval|exec)\(",
+    "a template without escapes": r"autoescape\s*=\s*False|Template\(",
+    "a name that can be guessed": r"\bmktemp\(",
+}
+# Between check-parity and its own child, in a directory that nobody else can read.
+SAVE_FOR = {("parity/forms.py", "pickle")}
+SOURCES = [*MODULES, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.py"))]
+
+
+@pytest.mark.parametrize("what", NEVER)
+def test_nothing_that_runs_what_it_reads(what):
+    found = {(module, what) for module in SOURCES if re.search(NEVER[what], (ROOT / module).read_text(encoding="utf-8"))}
+    assert found == {one for one in SAVE_FOR if one[1] == what}
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("pickle", "import pickle"),
+        ("pickle", "np.load(file, allow_pickle=True)"),
+        ("torch.load", "torch.load(path)"),
+        ("code from a repository", "from_pretrained(path, trust_remote_code=True)"),
+        ("a shell", "subprocess.run(text, shell=True)"),
+        ("evaluation", "value = eval(text)"),
+        ("a template without escapes", "jinja2.Template(text)"),
+        ("a name that can be guessed", "tempfile.mktemp()"),
+    ],
+)
+def test_what_is_never_done_would_be_seen(what, line):
+    assert re.search(NEVER[what], line)

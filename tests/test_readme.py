@@ -125,3 +125,13 @@ def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monke
     assert report.first_divergence == {"layer": 0, "tap": "q_rope"}
     # Its `path` is that of a right checkpoint, whose gradients in our model prove nothing about it.
     assert (report.gradients, [line.split(":")[0] for line in report.incomplete]) == ([], ["decode", "gradients"])
+
+
+@pytest.mark.parametrize("page", ["docs/guarantees.md", "SECURITY.md"])
+def test_what_holds_a_promise_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"\btest_[a-z_]+\b", text)) | set(re.findall(r"(?:scripts/[a-z_/]+|tests/[a-z_]+)(?:\.py)?", text))
+    assert names
+    for name in names - {"tests/"}:
+        places = [ROOT / name, ROOT / f"tests/{name}.py"]
+        assert any(place.exists() for place in places), name

@@ -2,14 +2,17 @@
 
     python scripts/stress/flip_bits.py CHECKPOINT --count 200
 
-CHECKPOINT is changed in place and put right again, also when interrupted; a copy is safer. Half of the bits are anywhere in it,
-half in the chunk of a tensor drawn first, so that small ones have their share. In what is no tensor's, such as conversion.json,
-only verify-oss is asked.
+CHECKPOINT, Orbax or an export, is changed in place and put right again, also when interrupted; a copy is safer. Half of the
+bits are anywhere in it, half in a tensor drawn first, so that small ones have their share. In what is no tensor's, such as
+conversion.json, and in safetensors, which carry no checksums, only verify-oss is asked.
 """
 
 import argparse
+import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -24,6 +27,32 @@ def flip(file: Path, at: int, bit: int) -> None:
         byte = f.read(1)[0]
         f.seek(at)
         f.write(bytes([byte ^ 1 << bit]))
+
+
+class Part(NamedTuple):
+    """Bytes start to stop of a file, by what `verify-oss` should name; `tensor`: whether that is one."""
+
+    file: Path
+    start: int
+    stop: int
+    name: str
+    tensor: bool
+
+
+def parts_of(file: Path, checkpoint: Path) -> Iterator[Part]:
+    size, where = file.stat().st_size, file.relative_to(checkpoint).parts
+    if file.suffix != ".safetensors":
+        chunk = "c" in where
+        yield Part(file, 0, size, where[0].removesuffix(".value"), chunk)
+        return
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    yield Part(file, 0, 8 + length, file.name, False)
+    for name, about in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + length + offset for offset in about["data_offsets"])
+            yield Part(file, start, stop, name, True)
 
 
 def refused(checkpoint: Path, cfg: ModelConfig, tensor: str) -> bool:
@@ -43,28 +72,25 @@ def main() -> None:
     args = parser.parse_args()
     cfg, draw = ModelConfig.from_json(args.checkpoint / "config.json"), random.Random(args.seed)
     files = sorted(file for file in args.checkpoint.rglob("*") if file.is_file() and file.stat().st_size)
-    by_tensor: dict[str, list[Path]] = {}
-    for file in files:
-        if "c" in (parts := file.relative_to(args.checkpoint).parts):
-            by_tensor.setdefault(parts[0], []).append(file)
+    parts = [part for file in files for part in parts_of(file, args.checkpoint)]
+    by_tensor: dict[str, list[Part]] = {}
+    for part in parts:
+        if part.tensor:
+            by_tensor.setdefault(part.name, []).append(part)
     loaded = found = chunks = 0
     for n in range(args.count):
-        anywhere = draw.choices(files, [file.stat().st_size for file in files])[0]
-        file = anywhere if n % 2 else draw.choice(by_tensor[draw.choice(sorted(by_tensor))])
-        at, bit = draw.randrange(file.stat().st_size), draw.randrange(8)
-        name = file.relative_to(args.checkpoint).parts[0].removesuffix(".value")
+        anywhere = draw.choices(parts, [part.stop - part.start for part in parts])[0]
+        file, start, stop, name, tensor = anywhere if n % 2 else draw.choice(by_tensor[draw.choice(sorted(by_tensor))])
+        at, bit = draw.randrange(start, stop), draw.randrange(8)
         flip(file, at, bit)
         try:
-            if f"{name}.value" in by_tensor and file.name != "zarr.json":
+            if tensor and file.suffix != ".safetensors":
                 chunks += 1
                 loaded += refused(args.checkpoint, cfg, name)
             found += any(name in line for line in verify_checkpoint(args.checkpoint).differences)
         finally:
             flip(file, at, bit)
-        print(
-            f"\r{n + 1}: refused while loading {loaded} of {chunks}, found by verify-oss {found} of {n + 1}", end="", flush=True
-        )
-    print()
+    print(f"refused while loading {loaded} of {chunks}, found by verify-oss {found} of {args.count}")
     raise SystemExit(loaded < chunks or found < args.count)
 
 
