@@ -1,6 +1,7 @@
 """The command line of check-parity: parse, call, print."""
 
 import contextlib
+import json
 import shlex
 import sys
 import tempfile
@@ -266,6 +267,38 @@ def _progress_bar() -> "Iterator[Callable[[int, int, str], None]]":
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
+def _report_diff(before: Path, after: Path, as_json: bool) -> int:
+    """What changed from one report of check-parity --json to another: before and after a change of a kernel, say.
+
+    Told are other verdicts, weights that differ in one alone, and figures that are twice or half of what they were.
+
+    Example:
+
+        report-diff before.json after.json
+
+    Exit status: 0 nothing is worse, 1 something is, 2 bad input.
+    """
+    from parity.reports import diff
+
+    sides = diff.read(before), diff.read(after)
+    found = diff.changes(*sides)
+    if as_json:
+        verdicts = {"before": sides[0]["verdict"], "after": sides[1]["verdict"]}
+        click.echo(json.dumps(verdicts | {"changes": [one._asdict() for one in found]}))
+    else:
+        click.echo(diff.table(*sides))
+    return int(any(one.worse for one in found))
+
+
+def diff_main(argv: Sequence[str] | None = None) -> int:
+    return run_click(_report_diff, "report-diff", argv)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------

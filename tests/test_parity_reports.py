@@ -1,18 +1,22 @@
 """JUnit and HTML: what they say of a report, that files cannot speak in them, and that a browser has no complaint."""
 
 import dataclasses
+import html
 import html.parser
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import types
 import xml.etree.ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
 
 from oss_model.taps import LAYER_TAPS
-from parity.cli import main
+from parity.cli import _report_diff, diff_main, main
 from parity.reports import card, junit
 from parity.reports import html as page
 from parity.reports.report import FormResult, Report, TapResult, Weight
@@ -533,3 +537,72 @@ def test_the_command_writes_a_card_of_what_it_compared(tmp_path, small, small_ou
     assert rows(text)[-1][0] == "DST"
     assert re.fullmatch(r"[0-9a-f]{64}", rows(text)[-1][3])
     assert len(rows(text)[-1][1]) == 32
+
+
+# --- in a notebook, and two of them -----------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_the_page_in_a_frame(healthy):
+    shown = healthy._repr_html_()
+    assert shown.startswith('<iframe srcdoc="')
+    inside = html.unescape(shown.removeprefix('<iframe srcdoc="').partition('" style=')[0])
+    assert inside == page.render(healthy)
+    assert repr(healthy) == "<Report PASS: 25 of 25 weights exact, 339 taps>"
+
+
+def test_taps_become_a_table_of_pandas(healthy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=list))
+    rows = healthy.to_pandas()
+    assert len(rows) == len(healthy.taps)
+    assert rows[1] == dataclasses.asdict(healthy.taps[1])
+
+
+@pytest.fixture
+def two(tmp_path, healthy):
+    """Writes a report before and after `edit`, and gives what report-diff prints and exits with."""
+
+    def run(edit, *options: str) -> tuple[int, list[str]]:
+        before, after = tmp_path / "before.json", tmp_path / "after.json"
+        before.write_text(healthy.to_json())
+        edit(healthy)
+        after.write_text(healthy.to_json())
+        result = CliRunner().invoke(_report_diff, [str(before), str(after), *options], standalone_mode=False)
+        assert result.exception is None, result.exception
+        return result.return_value, result.output.splitlines()
+
+    return run
+
+
+def test_the_same_twice_is_no_difference(two):
+    assert two(lambda report: None) == (0, ["PASS -> PASS", "0 worse, 0 better, 0 otherwise different"])
+
+
+def test_what_became_worse_comes_first(two):
+    def edit(report):
+        report.taps[5] = dataclasses.replace(report.taps[5], worst_token_rel_l2=0.3, verdict="fail")
+        report.taps[6] = dataclasses.replace(report.taps[6], worst_token_rel_l2=1e-7)
+        report.taps[7] = dataclasses.replace(report.taps[7], worst_token_rel_l2=5e-7)  # as another seed would
+        report.weights[3] = Weight(report.weights[3].name, "one value differs")
+        report.tokens = 64
+
+    code, lines = two(edit)
+    assert code == 1
+    assert lines[0] == "PASS -> FAIL"
+    assert [line.split()[0] for line in lines[1:-1]] == ["worse"] * 4 + ["tokens", "better"]
+    assert re.search(r"^worse   tap layer 0 q_rope +4\.0e-07 -> 3\.0e-01 fail$", "\n".join(lines), re.MULTILINE)
+    assert any(line.startswith("worse   weight layers.2.attn.sinks") for line in lines)
+    assert lines[-1] == "4 worse, 1 better, 1 otherwise different"
+
+
+def test_two_reports_as_json(two):
+    code, (line,) = two(lambda report: report.forms.append(FormResult("jit", "model", "float32", "fail", 0.1)), "--json")
+    found = json.loads(line)
+    assert (code, found["before"], found["after"]) == (0, "pass", "fail")
+    assert {"what": "form jit (float32, model)", "before": "", "after": "1.0e-01 fail", "worse": None} in found["changes"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"verdict": 1, "taps": 2, "sections": 3, "weights": 4}'])
+def test_what_is_no_report_is_a_line(tmp_path, text, capsys):
+    (tmp_path / "a.json").write_text(text)
+    assert diff_main([str(tmp_path / "a.json")] * 2) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN, SEMANTICS_GATE
@@ -84,7 +85,7 @@ class FormResult:
     tap: str | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Report:
     source: str
     checkpoint: str
@@ -242,6 +243,23 @@ class Report:
             "seconds": self.seconds,
         }
         return json.dumps(found, indent=2, allow_nan=False)
+
+    def __repr__(self) -> str:
+        """A line: all of it is pages long."""
+        exact = sum(not weight.note and weight.moved is None for weight in self.weights)
+        return f"<Report {self.verdict.upper()}: {exact} of {len(self.weights)} weights exact, {len(self.taps)} taps>"
+
+    def _repr_html_(self) -> str:
+        """The page, in a notebook: in a frame of its own, whose styles and scripts are not the notebook's."""
+        from parity.reports.html import render
+
+        return f'<iframe srcdoc="{escape(render(self))}" style="width: 100%; height: 80vh; border: 0" sandbox="allow-scripts">'
+
+    def to_pandas(self) -> Any:
+        """The taps as a `pandas.DataFrame`, a row each; pandas is not installed with this."""
+        import pandas  # type: ignore[import-not-found]
+
+        return pandas.DataFrame([dataclasses.asdict(tap) for tap in self.taps])
 
     def table(self) -> str:
         from parity.reports.table import table
