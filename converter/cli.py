@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+from click_option_group import optgroup
 
 from oss_model import hub
 from oss_model.errors import InputError, file_faults, place_faults, raise_all
@@ -32,50 +33,64 @@ def _version(command: Callable) -> Callable:
 
 def _hub_options(command: Callable) -> Callable:
     """Of a command whose SRC may be a repository (`oss_model.hub`)."""
-    command = click.option("--subfolder", metavar="DIR", help="Of a hub repository: a directory in it (original).")(command)
-    return click.option("--revision", metavar="REV", help="Of a hub repository: branch, tag or commit. [default: main]")(
-        command
-    )
+    for option in (
+        optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original."),
+        optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]"),
+        optgroup.group("Where SRC is a repository of the Hugging Face hub"),
+    ):
+        command = option(command)
+    return command
 
 
 def _shared_options(command: Callable) -> Callable:
-    command = click.option("-v", "--verbose", is_flag=True, help="Say more about what was done.")(command)
-    command = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")(command)
-    command = click.option("--json-file", metavar="F", type=click.Path(), help="Write it to F.")(command)
-    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end.")(command)
-    return _version(command)
+    for option in (
+        _version,
+        optgroup.option("-v", "--verbose", is_flag=True, help="Say more about what was done."),
+        optgroup.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        optgroup.option("--json-file", metavar="F", type=click.Path(), help="Write it to F; -: on stdout."),
+        optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end."),
+        optgroup.group("What is said"),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("src", type=click.Path())
 @click.argument("destination", metavar="DST", type=click.Path())
-@click.option(
+@optgroup.group("What is written")
+@optgroup.option(
     "--to",
     type=click.Choice(["orbax", "hf", "hf-bf16", "openai", "orbax-lora", "peft"]),
     default="orbax",
     show_default=True,
     help="What is written: Orbax; Hugging Face's MXFP4, its bfloat16, or OpenAI's safetensors; LoRA updates, ours or PEFT's.",
 )
-@click.option(
+@optgroup.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "mxfp4"]),
     help="How parameters are stored: in Orbax as bfloat16 if not said. mxfp4: the experts packed, the rest bfloat16.",
 )
-@click.option(
+@optgroup.option(
     "--quantizer",
     type=click.Choice(["best", "ocp", "ceil"]),
     help="How experts' values become MXFP4, which loses something; never without this. best: the smallest error.",
 )
-@click.option("--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes.")
-@click.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, ours or PEFT's.")
-@click.option("--base", metavar="DIR", type=click.Path(), help="The model that LoRA updates are of (--to orbax-lora, peft).")
-@click.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
-@click.option("--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated.")
-@click.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
-@click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
-@click.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
-@click.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
+@optgroup.option(
+    "--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes."
+)
+@optgroup.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, ours or PEFT's.")
+@optgroup.option("--base", metavar="DIR", type=click.Path(), help="The model that LoRA updates are of (--to orbax-lora, peft).")
+@optgroup.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
+@optgroup.option(
+    "--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated."
+)
+@optgroup.group("How it is written")
+@optgroup.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
+@optgroup.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
+@optgroup.option("--no-verify", is_flag=True, help="Do not read back what was written.")
+@optgroup.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
+@optgroup.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
 @_hub_options
 @_shared_options
 def _convert_oss(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
+from click_option_group import optgroup
 
 from oss_model import hub
 from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
@@ -33,54 +34,67 @@ class _Command(click.Command):
 @click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="[SRC]", required=False, type=click.Path(path_type=Path))
 @click.argument("checkpoint", metavar="[DST]", required=False, type=click.Path(path_type=Path))
-@click.option("--layers", is_flag=True, help="Also compare every component of every layer, each fed the reference's input.")
-@click.option("--tokens", type=click.IntRange(min=1), metavar="N", help="Length of the random prompt. [default: 2.5 windows]")
-@click.option(
-    "--prompt-file",
-    type=click.Path(path_type=Path),
-    metavar="F",
-    help="Prompts: a JSON list of token ids, or of such lists; or text, where SRC has a tokenizer.json.",
-)
-@click.option(
+@optgroup.group("What is compared")
+@optgroup.option("--layers", is_flag=True, help="Also compare every component of every layer, each fed the reference's input.")
+@optgroup.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
     help="bfloat16 adds the precision arm to --layers: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
 )
-@click.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
-@click.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
-@click.option(
+@optgroup.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
+@optgroup.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
+@optgroup.option(
     "--forms",
     type=click.Choice(["default", "all", "none"]),
     help="Ways to run the whole model, each compared: jit, meshes, caches, generate, ... [default: default with --layers]",
 )
-@click.option("--long", is_flag=True, help="Also run a row of 4,096 tokens through a small replica of the model.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "gpu", "tpu"]),
-    help="Where DST is computed; SRC stays on the CPU. [default: where JAX computes]",
-)
-@click.option(
+@optgroup.option("--long", is_flag=True, help="Also run a row of 4,096 tokens through a small replica of the model.")
+@optgroup.option(
     "--expect-changed",
     multiple=True,
     metavar="REGEX",
     help="Parameters that were trained, by whole name: listed, not failed; all others must be exact. May be repeated.",
 )
-@click.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
-@click.option("--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch.")
-@click.option("--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this.")
-@click.option("--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only a chunk of each parameter.")
-@click.option(
+@optgroup.option(
+    "--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only a chunk of each parameter."
+)
+@optgroup.option(
     "--self-test", is_flag=True, help="Test the tool itself: put every known mistake into a right port, one at a time."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompt.")
-@click.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
-@click.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
-@click.option("--card", type=_FILE, metavar="F", help="Write a verification card to F: Markdown, for a hub repository.")
-@click.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
-@click.option("--revision", metavar="REV", help="Where SRC is a hub repository: a branch, tag or commit. [default: main]")
-@click.option("--subfolder", metavar="DIR", help="Where SRC is a hub repository: the directory in it, such as original.")
+@optgroup.group("The prompt")
+@optgroup.option(
+    "--tokens", type=click.IntRange(min=1), metavar="N", help="Length of the random prompt. [default: 2.5 windows]"
+)
+@optgroup.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path),
+    metavar="F",
+    help="Prompts: a JSON list of token ids, or of such lists; or text, where SRC has a tokenizer.json.",
+)
+@optgroup.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompt.")
+@optgroup.group("With what, and where")
+@optgroup.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
+@optgroup.option(
+    "--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch."
+)
+@optgroup.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu", "tpu"]),
+    help="Where DST is computed; SRC stays on the CPU. [default: where JAX computes]",
+)
+@optgroup.option(
+    "--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this."
+)
+@optgroup.group("Where SRC is a repository of the Hugging Face hub")
+@optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]")
+@optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original.")
+@optgroup.group("Reports; - is standard output")
+@optgroup.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
+@optgroup.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
+@optgroup.option("--card", type=_FILE, metavar="F", help="Write a verification card to F: Markdown, for a hub repository.")
+@optgroup.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
 @click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 @click.pass_context
 def main(

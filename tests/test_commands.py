@@ -12,20 +12,21 @@ import converter
 import oss_model
 import parity
 from converter import cli
+from parity.cli import _report_diff, diff_main
 from parity.cli import main as check_parity
 
 CONVERTING = {"convert-oss": cli._convert_oss, "verify-oss": cli._verify_oss, "inspect-oss": cli._inspect_oss}
-COMMANDS = CONVERTING | {"check-parity": check_parity}
+COMMANDS = CONVERTING | {"check-parity": check_parity, "report-diff": _report_diff}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_says_its_version(name, capsys):
-    main = {"convert-oss": cli.main, "verify-oss": cli.verify_main, "inspect-oss": cli.inspect_main}.get(name)
-    if main is None:
-        said = CliRunner().invoke(check_parity, ["--version"]).output
-    else:
-        assert main(["--version"]) == 0
+    mains = {"convert-oss": cli.main, "verify-oss": cli.verify_main, "inspect-oss": cli.inspect_main, "report-diff": diff_main}
+    if name in mains:
+        assert mains[name](["--version"]) == 0
         said = capsys.readouterr().out
+    else:
+        said = CliRunner().invoke(check_parity, ["--version"]).output
     assert said == f"{name} {version('convert-oss')}\n"
     assert oss_model.__version__ == converter.__version__ == parity.__version__ == version("convert-oss")
 
