@@ -85,6 +85,8 @@ def _shared_options(command: Callable) -> Callable:
 @optgroup.option(
     "--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated."
 )
+@optgroup.option("--push", metavar="REPO", help="Upload it too, to the hub's OWNER/NAME, made private if there is none.")
+@optgroup.option("--card", metavar="F", type=click.Path(), help="check-parity's card, for the model card of --push.")
 @optgroup.group("How it is written")
 @optgroup.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
 @optgroup.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
@@ -133,6 +135,11 @@ def _convert_oss(
         from converter.form import make_form
         from oss_model.memory import parse_size
 
+        repository, proof = form.pop("push"), None if form["card"] is None else Path(form["card"])
+        form.pop("card")
+        if proof is not None and repository is None:
+            raise InputError("--card: expected --push, for whose model card it is, found none")
+
         def source() -> Path:
             """SRC; a repository is not downloaded before the rest is known to be right."""
             for name in ("like", "merge", "base", "tokenizer"):
@@ -140,12 +147,16 @@ def _convert_oss(
             return hub.local(src, revision, subfolder, download=not dry_run)
 
         if form["to"] in ADAPTERS or form["base"]:
-            unusable = dry_run or overwrite or process != (1, 1) or max_memory
+            unusable = dry_run or overwrite or process != (1, 1) or max_memory or repository
             return _convert_adapter(source, destination, form, unusable, output, quiet)
         form.pop("base")
         dst = _usable(src, destination)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
         make_form(**{name: value for name, value in form.items() if name != "tokenizer"})
+        if repository is not None and not dry_run:
+            from converter import publishing
+
+            publishing.prepare(repository, proof)
         found_at = source()
         if dry_run:
             from converter.preview import describe, preview
@@ -166,8 +177,13 @@ def _convert_oss(
             partial = Destination(dst).partial
             where = f" in {partial}" if partial.is_dir() else ""
             raise KeyboardInterrupt(f"what is written is kept{where}: run the same command again to go on") from None
-        if not output.give(dataclasses.asdict(result)) and not quiet:
+        address = None
+        if repository is not None and result.status != "share-written":
+            address = publishing.push(dst, repository, proof)
+        if not output.give(dataclasses.asdict(result) | ({"pushed": address} if address else {})) and not quiet:
             _say(result, verbose)
+            if address:
+                click.echo(f"pushed to {address}", err=True)
         return 0
 
     return output.guard(run)

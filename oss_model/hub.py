@@ -48,14 +48,22 @@ def local(text: str | Path, revision: str | None = None, subfolder: str | None =
         return Path(text)
     if subfolder is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
         raise InputError(f"--subfolder: expected a directory in the repository, such as original, found {subfolder!r}")
+    need(text)
+    return _snapshot(text, revision, subfolder, download)
+
+
+def need(repository: str) -> None:
+    """
+    Raises:
+      InputError: if huggingface_hub is not installed.
+    """
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
         raise InputError(
-            f"{text}: expected a directory, found nothing; if it is a repository of the Hugging Face hub, install"
+            f"{repository}: expected a directory, found nothing; if it is a repository of the Hugging Face hub, install"
             " huggingface_hub (`pip install '.[hub]'`), or `hf download` it and give the directory"
         ) from None
-    return _snapshot(text, revision, subfolder, download)
 
 
 def origin(directory: Path) -> dict[str, str] | None:
@@ -91,10 +99,10 @@ def _snapshot(repository: str, revision: str | None, subfolder: str | None, down
             print(f"{repository}: downloading {len(files)} files, {size / 1e9:.2f} GB, to {cache}", file=sys.stderr)
         for attempt in range(TRIES):
             try:
-                with _quietly():
+                with quietly():
                     return Path(snapshot_download(**wanted)) / (subfolder or "")
             except Exception as error:
-                if attempt == TRIES - 1 or not _may_pass(error):
+                if attempt == TRIES - 1 or not may_pass(error):
                     raise
                 time.sleep(WAIT_SECONDS * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
@@ -122,7 +130,7 @@ def _check_room(cache: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Bars are for terminals."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -136,13 +144,13 @@ def _quietly() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether to try once more: the server is busy, or the connection broke."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
         return error.response is not None and error.response.status_code in (408, 429, 500, 502, 503, 504)
-    return _of_the_hub(error)
+    return is_hubs(error)
 
 
 @contextlib.contextmanager
@@ -165,22 +173,27 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise InputError(f"{repository}: --revision: expected a branch, tag or commit, found no {revision}") from None
     except errors.LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub cannot be reached: {_reason(error.__cause__ or error)}"
+        why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub cannot be reached: {reason(error.__cause__ or error)}"
         raise InputError(
             f"{repository}{at}: expected a directory, or a hub repository in the cache, found neither, or not all of it; {why}"
         ) from None
     except errors.HFValidationError as error:
-        raise InputError(f"{repository}: expected a directory or a hub repository, found neither ({_reason(error)})") from None
+        raise InputError(f"{repository}: expected a directory or a hub repository, found neither ({reason(error)})") from None
     except Exception as error:
-        if not _of_the_hub(error):
+        if not is_hubs(error):
             raise
         raise Incomplete(
-            f"{repository}{at}: the download broke off {TRIES} times ({_reason(error)}); the files that are whole are kept:"
+            f"{repository}{at}: the download broke off {TRIES} times ({reason(error)}); the files that are whole are kept:"
             " run the same command again"
         ) from None
 
 
-def _of_the_hub(error: Exception) -> bool:
+def cause(error: BaseException) -> BaseException:
+    """Of an upload's failure, which is wrapped: what it was."""
+    return error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
+
+
+def is_hubs(error: BaseException) -> bool:
     """Whether it is the hub's, or that of the library by which it is asked, of which there is more than one."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -194,5 +207,6 @@ def _offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Its first line, and not all of that."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__

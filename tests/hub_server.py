@@ -1,5 +1,6 @@
-"""A server that speaks what huggingface_hub asks of the Hugging Face hub to download, with faults on demand."""
+"""A server that speaks what huggingface_hub asks of the Hugging Face hub to download and upload, with faults on demand."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -22,6 +23,9 @@ class Hub:
       lies: files whose length is said to be a byte more than it is.
       token: that must come with each request; None: none.
       asked: paths of files that were downloaded -> how often.
+      made: repositories that were made -> what was said of them.
+      pushed: path -> content, of the last commit; large files go to `stored`, by their hash, before.
+      refused: the status by which the next uploads of large files are answered, and how many of them.
     """
 
     def __init__(self, directories: dict[str, Path], repository: str = "openai/gpt-oss-20b"):
@@ -35,6 +39,10 @@ class Hub:
         self.busy = self.cut = 0
         self.lies: set[str] = set()
         self.asked: Counter[str] = Counter()
+        self.made: dict[str, dict] = {}
+        self.pushed: dict[str, bytes] = {}
+        self.stored: dict[str, bytes] = {}
+        self.refused = (503, 0)
         hub = self
 
         class Handler(_Handler):
@@ -60,6 +68,51 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        hub, path = self.served, urllib.parse.unquote(self.path.partition("?")[0])
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._send(401, b'{"error": "Invalid username or password."}')
+        if path == "/api/repos/create":
+            said = json.loads(data)
+            name = f"{said.get('organization', 'me')}/{said['name']}"
+            if name in hub.made:
+                return self._json({"error": "exists", "url": f"{hub.url}/{name}"}, 409)
+            hub.made[name] = said
+            return self._json({"url": f"{hub.url}/{name}", "id": name})
+        if path == "/api/validate-yaml":  # of a model card
+            return self._json({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            files = json.loads(data)["files"]
+            large = {file["path"]: "lfs" if file["size"] > 10_000 else "regular" for file in files}
+            kinds = [{"path": name, "uploadMode": how, "shouldIgnore": False} for name, how in large.items()]
+            return self._json({"files": kinds})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(data)["objects"]
+            for one in objects:
+                if one["oid"] not in hub.stored:
+                    one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}", "header": {}}}
+            return self._json({"transfer": "basic", "objects": objects})
+        if path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in data.splitlines()]
+            values = [(line["key"], line["value"]) for line in lines]
+            hub.pushed = {v["path"]: base64.b64decode(v["content"]) for key, v in values if key == "file"}
+            hub.pushed |= {v["path"]: hub.stored[v["oid"]] for key, v in values if key == "lfsFile"}
+            return self._json({"commitOid": COMMIT, "commitUrl": f"{hub.url}/me/x/commit/{COMMIT}", "pullRequestUrl": None})
+        return self._send(404, b"{}")
+
+    def do_PUT(self) -> None:
+        hub, data = self.served, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status, left = hub.refused
+        if left:
+            hub.refused = (status, left - 1)
+            return self._send(status, b"no")
+        hub.stored[self.path.rpartition("/")[2]] = data
+        return self._send(200, b"")
+
+    def _json(self, found: dict, status: int = 200) -> None:
+        self._send(status, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def _answer(self, body: bool) -> None:
         hub, path = self.served, urllib.parse.unquote(self.path.partition("?")[0])

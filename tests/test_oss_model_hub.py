@@ -175,6 +175,58 @@ def test_a_token_is_used_and_written_nowhere(run, server, tmp_path):
         assert path.is_dir() or server.token.encode() not in path.read_bytes()
 
 
+# --- the other way ----------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_pushed_with_a_card(run, server, small_out, tmp_path):
+    (tmp_path / "card.md").write_text("# Verification: PASS\n")
+    asked = ["convert-oss", small_out, "out", "--to", "hf", "--quantizer", "best", "--push", "me/served", "--card", "card.md"]
+    result = run(*asked, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["pushed"] == f"{server.url}/me/served"
+    assert "private" in (server.made["me/served"].get("visibility"), *server.made["me/served"])
+    files = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert server.pushed.keys() == files.keys() | {"README.md"}
+    assert all(server.pushed[name] == path.read_bytes() for name, path in files.items())
+    assert server.stored  # a large file went by itself
+    text = server.pushed["README.md"].decode()
+    assert text.startswith('---\nlibrary_name: "transformers"\ntags: ["gpt-oss", "convert-oss", "mxfp4"]\n---\n\n# served\n')
+    assert "quantized to MXFP4 by the rule `best`" in text
+    assert text.endswith("# Verification: PASS\n")
+    server.pushed = {}
+    again = run(*asked)  # complete already: pushed once more, to what is there
+    assert again.returncode == 0, again.stderr
+    assert "already complete" in again.stderr
+    assert "README.md" in server.pushed
+
+
+def test_where_a_checkpoint_came_from_is_in_its_card(run, server):
+    assert run("convert-oss", REPOSITORY, "out", "--push", "me/orbax").returncode == 0
+    text = server.pushed["README.md"].decode()
+    assert f'base_model: "{REPOSITORY}"' in text
+    assert f"from `{REPOSITORY}` at `{COMMIT}`" in text
+
+
+def test_an_upload_that_breaks_off_is_told_and_taken_up(run, server, small_out, tmp_path):
+    server.refused = (503, 10**6)
+    asked = ["convert-oss", small_out, "out", "--push", "me/orbax"]
+    line = only_line(run(*asked), 3)
+    assert "the upload broke off" in line
+    assert "out is whole: run the same command again" in line
+    server.refused = (503, 2)
+    assert run(*asked).returncode == 0
+    assert "_METADATA" in server.pushed
+
+
+def test_who_may_not_write_is_told_before_anything_is_converted(run, server, small_out, tmp_path):
+    server.token = "hf_secretsecretsecret"
+    assert "hf auth login" in only_line(run("convert-oss", small_out, "out", "--push", "me/x"), 2)
+    assert "found 'nonsense'" in only_line(run("convert-oss", small_out, "out", "--push", "nonsense"), 2)
+    assert "found no file" in only_line(run("convert-oss", small_out, "out", "--push", "me/x", "--card", "none.md"), 2)
+    assert "--card: expected --push" in only_line(run("convert-oss", small_out, "out", "--card", "none.md"), 2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_extra_the_line_says_what_it_may_be(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(hub_of.InputError, match=r"if it is a repository of the Hugging Face hub, install huggingface_hub"):

@@ -24,6 +24,7 @@ COMMANDS = ("convert-oss", "verify-oss", "check-parity", "python", "pip", "./scr
 NOT_RUN = {
     "./scripts/demo": "this suite is run by what it runs; CONTRIBUTING.md",
     "./scripts/test": "is what runs this",
+    "convert-oss gpt-oss-20b-packed published": "needs the hub; tests/test_oss_model_hub.py has one",
     "pip install": "makes environments: the first line of every CI run",
     "check-parity --self-test": "takes minutes; tests/test_parity_faults.py runs it in parts",
 }
