@@ -12,6 +12,7 @@ Nothing is ever removed but these, and only where the lock's text, or a state.js
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ from oss_model.errors import InputError, place_faults, raise_all
 from oss_model.files import parse_json, sync, write_file
 
 MARK = b"This directory is convert-oss's own: an unfinished conversion, which the same command takes up.\n"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of network file systems
 LOCK = re.compile(r"lock(\.finish|\.\d+-of-\d+)?")
 FILE = re.compile(r"(state\.json|done\.\d+-of-\d+)(\.new)?|journal\.\d+-of-\d+")
 DIRECTORIES = ("checkpoint", "replaced")
@@ -214,6 +216,17 @@ class Workspace:
                 return True
         except (BlockingIOError, FileNotFoundError):
             pass  # held; or removed by whoever held it
+        except OSError as error:
+            os.close(fd)
+            if error.errno not in _NO_LOCKS:
+                raise
+            with contextlib.suppress(OSError):
+                path.unlink()
+                self.directory.rmdir()
+            raise InputError(
+                f"{self.directory}: expected a file system that locks files, found one that does not ({error.strerror}); give"
+                " another place, or have it mounted with locks"
+            ) from None
         except BaseException:
             os.close(fd)
             raise

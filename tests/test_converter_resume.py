@@ -1,5 +1,7 @@
 """Cut off anywhere, a conversion is taken up, ends byte-identical, and never looks complete before it is."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -224,3 +226,14 @@ def test_cut_off_at_the_very_end(hf, whole, tmp_path, monkeypatch, moment):
     assert result.bytes_written == 0
     assert contents(tmp_path / "out") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_left_as_it_was(small, tmp_path, monkeypatch, number):
+    def flock(fd, kind):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match=r"out\.partial: expected a file system that locks files, found one that does not"):
+        convert(small, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
