@@ -13,7 +13,7 @@ import click
 from click_option_group import optgroup
 
 from oss_model import hub
-from oss_model.errors import InputError, file_faults, place_faults, raise_all
+from oss_model.errors import InputError, file_faults, local_path, place_faults, raise_all
 from oss_model.exits import ending, run_click
 
 
@@ -202,9 +202,10 @@ def _convert_adapter(
         raise InputError(f"--base: expected --to {' or '.join(ADAPTERS)}, found {to}")
     if unusable or any(value for name, value in form.items() if name not in ("to", "base")):
         raise InputError(f"--to {to}: expected no option but --base, --json and -q, found others; updates are written whole")
-    raise_all(place_faults(destination))
+    dst = local_path(destination)
+    raise_all(place_faults(dst))
     src = source()
-    names = convert_adapter(src, Path(destination), to, form["base"])
+    names = convert_adapter(src, dst, to, form["base"])
     found = {"status": "complete", "source": str(src), "destination": destination, "to": to, "modules": names}
     if not output.give(found) and not quiet:
         click.echo(f"{destination}: updates of {len(names)} linear maps", err=True)
@@ -215,7 +216,7 @@ def _usable(src: str, destination: str) -> Path:
     """DST, by a name of its own (`.` has none). A place that cannot be used is found here, with all that is wrong with SRC."""
     from converter.source import open_checkpoint
 
-    dst = Path(destination)
+    dst = local_path(destination)
     if dst.name in ("", ".."):
         dst = Path(os.path.realpath(dst))
     root = f"{dst}: expected a new or empty directory, found the root of the file system; give another name"
@@ -274,7 +275,7 @@ def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbos
 
         with progress_bar(quiet) as progress:
             source = None if src is None else hub.local(src, revision, subfolder)
-            found = verify_checkpoint(dst, source, progress=progress)
+            found = verify_checkpoint(local_path(dst), source, progress=progress)
         for line in found.differences:
             click.echo(f"error: {line}", err=True)
         if not output.give(dataclasses.asdict(found)) and not quiet and not found.differences:

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 
 class CommandError(Exception):
@@ -100,6 +101,24 @@ def system_error(error: BaseException, where: str | None = None) -> CommandError
     where = where or getattr(error, "filename", None)
     kind = InputError if system_errno(error) in _PLACE else Incomplete
     return kind("; ".join(found) if where is None else f"{where}: {'; '.join(found)}")
+
+
+def local_path(text: str | os.PathLike) -> Path:
+    """What is meant by a path: `file://` and a `~` that no shell has expanded are understood.
+
+    Raises:
+      InputError: for an address of another kind, which would name a directory `gs:` here.
+    """
+    found = os.fspath(text)
+    if found.startswith("file:/"):
+        found = unquote(re.sub(r"^file:/+", "/", found))
+    elif scheme := re.match(r"([a-z][a-z0-9+.-]+):/", found):
+        tool = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}.get(scheme[1], "a tool of its own")
+        raise InputError(
+            f"{found}: expected a path on a disk, found an address; object stores are neither read nor written here yet:"
+            f" give a directory, and copy by `{tool}`"
+        )
+    return Path(found).expanduser() if found.startswith("~") else Path(found)
 
 
 def file_faults(file: str | os.PathLike) -> list[str]:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from click_option_group import optgroup
 
 from oss_model import hub
-from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
+from oss_model.errors import Incomplete, InputError, file_faults, local_path, place_faults, raise_all, system_error
 from oss_model.exits import run_click
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def main(
         try:
             raise_all(faults if source is not None and hub.is_id(str(source)) else [])  # before it is downloaded
             source = None if source is None else hub.local(source, revision, subfolder)
+            checkpoint = None if checkpoint is None else local_path(checkpoint)
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
             reference = arranged(pair[0], pair[1])[0] if isinstance(pair[0], Path) else None
             if reference is not None and not is_orbax(reference):  # only to name what is wrong with it

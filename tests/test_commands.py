@@ -70,3 +70,26 @@ def test_a_report_on_standard_output_is_alone_there(small, small_out):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["verdict"] == "pass"
     assert "PASS" in result.stderr
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/checkpoint", "s3://bucket/checkpoint", "https://example.org/x"])
+def test_an_address_is_no_directory_of_that_name(small, small_out, tmp_path, monkeypatch, capsys, address):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        [str(small), address],
+        [address, "out"],
+        [str(small), "out", "--like", address, "--quantizer", "best", "--to", "hf"],
+    ):
+        assert cli.main(arguments) == 2
+        assert "expected a path on a disk, found an address" in capsys.readouterr().err
+    assert cli.verify_main([address]) == cli.inspect_main([address]) == 2
+    result = CliRunner().invoke(check_parity, [str(small), address], standalone_mode=False)
+    assert "expected a path on a disk, found an address" in str(result.exception) + result.output + result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_addresses_and_a_quoted_tilde_are_paths(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main([f"file://{small}", "~/out", "-q"]) == 0
+    assert (tmp_path / "out/_METADATA").exists()
+    assert cli.verify_main([f"file://{tmp_path}/out", "-q"]) == 0
