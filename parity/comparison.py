@@ -115,7 +115,7 @@ def compare(
         made_from = Path(source) if isinstance(source, str | Path) else None
         design = None if made_from is None else by_design(made_from, Path(checkpoint))
         options = {"memory": max_memory, "read_with_orbax": read_with_orbax}
-        port: Port = Candidate(checkpoint, source=made_from, values=holds_values(made_from), **options)
+        port: Port = Candidate(checkpoint, source=made_from, values=holds_values(made_from or source), **options)
     else:
         port, design = checkpoint, None
     if isinstance(source, str | Path):
@@ -226,6 +226,8 @@ class _Run:
             if fits and (self.design or self.expect_changed) and self.port.can.calls is not None:
                 self.as_stored = self.start(FLOAT32)
                 self.as_stored.advance(None)
+            if fits and self.precision and self.port.can.calls is not None:
+                self.start(BFLOAT16)  # its model is there before parameters become the reference's: in this one, too
             fits = self.weights.compare(Parameters("", self.oracle.first_parameters, self.port.restore)) and fits
             if not fits:
                 self.report.lacks(UNFIT)

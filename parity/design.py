@@ -6,6 +6,7 @@ What is expected of it then is its own manifest's rule applied to the other's va
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -44,7 +45,7 @@ class Design:
             sides = [np.asarray(side[index : index + step]).reshape(-1, got.shape[-1]) for side in (want, got)]
             made, of = sides if self.of_reference else sides[::-1]
             for start in range(0, len(made), ROWS):
-                part, source = made[start : start + ROWS], of[start : start + ROWS]
+                part, source = (np.ascontiguousarray(side[start : start + ROWS]) for side in (made, of))
                 if not _follows(part, source, by):
                     return None
                 apart += float(((part.astype(np.float64) - source.astype(np.float64)) ** 2).sum())
@@ -53,29 +54,49 @@ class Design:
 
 
 def by_design(source: Path, checkpoint: Path) -> Design | None:
-    """By the manifest of the one that says that it was made from the other; else by that of the only one that has a rule."""
-    forms = {of_reference: _noted(path) for path, of_reference in ((checkpoint, False), (source, True))}
-    rules = {side: form for side, (form, _) in forms.items() if form.get("quantizer") or form.get("to", "orbax") != "orbax"}
-    others = {False: source, True: checkpoint}
-    from_other = [side for side in rules if forms[side][1] == str(others[side].resolve())]
-    for side in from_other or (list(rules) if len(rules) == 1 else []):
-        return Design(rules[side].get("quantizer"), side)
+    """What the one that was made from the other says of how: None where that is nothing, or neither was."""
+    for made, of, of_reference in ((checkpoint, source, False), (source, checkpoint, True)):
+        manifest = _manifest(made)
+        if manifest is not None and _is_of(manifest, of):
+            form = manifest.get("form") or {}
+            rule = form.get("quantizer")
+            rounded = form.get("to", "orbax") != "orbax"
+            return Design(rule, of_reference) if rule in eq.RULES or (rule is None and rounded) else None
     return None
 
 
-def _noted(path: Path) -> tuple[dict, str]:
-    """(the form, SRC) that a manifest says; nothing where there is none."""
+def _manifest(path: Path) -> dict[str, Any] | None:
     try:
-        manifest = parse_json((path / "conversion.json").read_bytes())
-        return dict(manifest.get("form") or {}), str(manifest["source"]["path"])
+        found = parse_json((path / "conversion.json").read_bytes())
+        return found if isinstance(found["source"]["path"], str) and isinstance(found.get("form") or {}, dict) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_of(manifest: dict[str, Any], other: Path, steps: int = 3) -> bool:
+    """Whether the other one is where the source was; or, since both may have been moved, has the files that it had.
+
+    A source that was itself converted from it without loss counts as it.
+    """
+    if manifest["source"]["path"] == str(other.resolve()):
+        return True
+    between = _manifest(Path(manifest["source"]["path"])) if steps else None
+    if between is not None and not between.get("form") and _is_of(between, other, steps - 1):
+        return True
+    try:
+        files = dict(manifest["fingerprint"]["source"])
+        return bool(files) and all((other / name).stat().st_size == size for name, (size, _) in files.items())
     except (OSError, ValueError, KeyError, TypeError):
-        return {}, ""
+        return False
 
 
 def _follows(made: np.ndarray, of: np.ndarray, by: str) -> bool:
-    """Whether values [rows, in] are what the rule makes of others; a block that was kept as it was does too."""
+    """Whether values [rows, in] are what the rule makes of others, bit for bit; a block that was kept as it was is too."""
     if by == ROUNDED:
-        return made.dtype != of.dtype and np.array_equal(made, of.astype(ml_dtypes.bfloat16).astype(made.dtype))
-    right, found, before = (a.astype(np.float32).reshape(-1, 32) for a in (eq.quantized(of, by), made, of))
-    other = (found.view(np.uint32) != right.view(np.uint32)).any(-1)
+        bfloat16 = np.dtype(ml_dtypes.bfloat16)
+        if (made.dtype, of.dtype) != (bfloat16, np.dtype(np.float32)):
+            return False
+        return np.array_equal(made.view(np.uint16), of.astype(bfloat16).view(np.uint16))
+    right, found, before = (a.astype(np.float32).reshape(-1, 32).view(np.uint32) for a in (eq.quantized(of, by), made, of))
+    other = (found != right).any(-1)
     return bool((found[other] == before[other]).all())

@@ -229,12 +229,17 @@ def mxfp4(blocks: Array, scales: Array) -> Array:
     return values.reshape(*scales.shape[:-1], -1).astype(ml_dtypes.bfloat16)
 
 
+RULES = ("best", "ocp", "ceil")
+
+
 def quantized(values: Array, rule: str) -> Array:
     """What MXFP4 makes of values [..., n * 32], float64: each block's to the nearest code of its scale, ties to even.
 
     Rules for the scale's exponent, by the largest magnitude: "ocp" floor(log2) - 2 (section 6.3), "ceil" the smallest at which
     none is cut to 6, "best" that of "ocp" or the next, by the squared error of what bfloat16 keeps of the values.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, found {rule!r}")
     blocks = values.astype(np.float64).reshape(-1, 32)
     largest = np.abs(blocks).max(-1, keepdims=True)
     fraction, exponent = np.frexp(largest / 6 if rule == "ceil" else largest)  # largest: fraction * 2^exponent, 1/2 to 1

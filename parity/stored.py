@@ -12,6 +12,8 @@ from oss_model.params import is_orbax
 from oss_model.shards import Checkpoint, Shards
 from parity import configs, metrics
 from parity.candidate import Candidate
+from parity.protocols import Oracle
+from parity.recording import Recording
 from parity.reports.report import STORED, Report, Weight
 from parity.weights import count_apart, is_expected
 
@@ -36,9 +38,11 @@ def layout_faults(source: Path) -> list[str]:
     ]
 
 
-def holds_values(source: Path | None) -> bool:
-    """Whether the experts of safetensors are values: those of the other side are decoded then, if they are packed."""
-    return source is not None and not Checkpoint(source, ignore=None).layout.packed
+def holds_values(source: "Path | Oracle") -> bool:
+    """Whether the reference's experts are values: those of the other side are decoded then, if they are packed."""
+    if isinstance(source, Path):
+        return not Checkpoint(source, ignore=None).layout.packed
+    return isinstance(source, Recording) and not any(name.endswith(".blocks") for name in source.manifest["parameters"])
 
 
 def compare_stored(

@@ -128,6 +128,75 @@ def test_without_a_manifest_nothing_is_by_design(made, tmp_path):
     assert by_design(made["trained"], made["packed"]) == Design(RULE, of_reference=False)
 
 
+def low_bits(directory: Path, name: str, to: Path) -> Path:
+    """A copy of an Orbax checkpoint in which the lowest bit of every value of a parameter is another, its hashes all right."""
+    import google_crc32c
+
+    shutil.copytree(directory, to)
+    for chunk in (to / f"{name}.value/c").rglob("*"):
+        if chunk.is_file():
+            data = bytearray(chunk.read_bytes()[:-4])
+            data[::2] = bytes(byte ^ 1 for byte in data[::2])
+            chunk.write_bytes(bytes(data) + google_crc32c.value(bytes(data)).to_bytes(4, "little"))
+    return to
+
+
+def test_what_was_made_from_an_export_is_not_what_the_export_was_made_from(made, tmp_path):
+    """The rule is that of the one that was made: a conversion without one is exact, though SRC was quantized before."""
+    convert(made["served"], tmp_path / "again")
+    assert by_design(made["served"], tmp_path / "again") is None
+    wrong = low_bits(tmp_path / "again", "layers.0.mlp.down.weight", tmp_path / "wrong")
+    report = compare(made["served"], wrong, layers=False)
+    assert {weight.name for weight in report.weights if weight.note} == {"layers.0.mlp.down.weight"}
+    convert(made["rounded"], tmp_path / "wide", "float32")
+    assert by_design(made["rounded"], tmp_path / "wide") is None
+
+
+def test_both_may_have_been_moved_but_not_exchanged(made, tmp_path):
+    orbax, served = (shutil.copytree(made[name], tmp_path / name) for name in ("orbax", "served"))
+    manifest = json.loads((served / "conversion.json").read_text())
+    manifest["source"]["path"] = "/nowhere"
+    (served / "conversion.json").write_text(json.dumps(manifest))
+    assert by_design(served, orbax) == Design(RULE, of_reference=True)
+    assert by_design(served, made["orbax32"]) is None
+    next((orbax / "norm.scale.value/c").rglob("0")).unlink()
+    assert by_design(served, orbax) is None
+
+
+@pytest.mark.parametrize("rule", ["nope", ["best"], 7, {}])
+def test_a_rule_that_nobody_knows_is_none(made, tmp_path, rule):
+    served = shutil.copytree(made["served"], tmp_path / "served")
+    manifest = json.loads((served / "conversion.json").read_text())
+    manifest["form"]["quantizer"] = rule
+    (served / "conversion.json").write_text(json.dumps(manifest))
+    assert by_design(served, made["orbax"]) is None
+    with pytest.raises(ValueError, match="rule: expected one of best, ocp, ceil"):
+        quantized(np.zeros((1, 32), np.float32), "nope")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"source": 1}', '{"source": {"path": "x"}, "form": []}', '{"source": {"path": 1}}', "["]
+)
+def test_a_manifest_that_is_none_says_nothing(made, tmp_path, text):
+    (tmp_path / "conversion.json").write_text(text)
+    assert by_design(tmp_path, made["orbax"]) is by_design(made["trained"], tmp_path) is None
+
+
+def test_a_recording_of_values_is_compared_with_packed_experts(made, tmp_path):
+    from parity.recording import Recording
+
+    convert(made["before"], tmp_path / "packed", "mxfp4", quantizer=RULE)
+    compare(made["before"], tmp_path / "packed", layers=False, record=tmp_path / "golden")
+    report = compare(Recording(tmp_path / "golden"), tmp_path / "packed", layers=False)
+    assert report.verdict == "pass", report.table()
+
+
+def test_a_trained_embedding_is_put_right_in_bfloat16_too(made, tmp_path):
+    wrong = low_bits(made["orbax"], "embedding.weight", tmp_path / "wrong")
+    report = compare(made["trained"], wrong, dtype="bfloat16", expect_changed=["embedding.weight"])
+    assert report.free_run["bfloat16"]["kl_mean"] < 3 * report.free_run["reference_bfloat16"]["kl_mean"]
+
+
 def test_packed_experts_of_values_that_are_mxfp4(made, tmp_path):
     """Nothing is lost: every parameter is exact, though one side holds values and the other blocks."""
     convert(made["before"], tmp_path / "packed", "mxfp4", quantizer=RULE)
