@@ -604,8 +604,37 @@ def test_two_reports_as_json(two):
     assert {"what": "form jit (float32, model)", "before": "", "after": "1.0e-01 fail", "worse": None} in found["changes"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"verdict": 1, "taps": 2, "sections": 3, "weights": 4}'])
+NO_REPORTS = ["", "[]", "{}", '{"verdict": 1, "taps": [], "sections": [], "weights": {"differing": []}}',
+              '{"verdict": "pass", "taps": 2, "sections": 3, "weights": 4}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_REPORTS)
 def test_what_is_no_report_is_a_line(tmp_path, text, capsys):
     (tmp_path / "a.json").write_text(text)
     assert diff_main([str(tmp_path / "a.json")] * 2) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_figure_of_zero_and_what_was_trained_are_told(two):
+    def edit(report):
+        report.taps[5] = dataclasses.replace(report.taps[5], worst_token_rel_l2=0.0)
+        report.weights[3] = Weight(report.weights[3].name, moved=0.1)
+
+    code, lines = two(edit)
+    assert code == 0
+    assert re.search(r"^ +weight layers\.2\.attn\.sinks +exact -> changed$", "\n".join(lines), re.MULTILINE)
+    assert re.search(r"^better +tap layer 0 q_rope +4\.0e-07 -> 0\.0e\+00$", "\n".join(lines), re.MULTILINE)
+
+
+def test_what_moved_beyond_all_numbers_is_json_too(healthy):
+    healthy.weights[0] = Weight("embedding.weight", moved=float("inf"), rule="bfloat16")
+    healthy.weights[1] = Weight("layers.0.attn.sinks", moved=float("nan"))
+    found = json.loads(healthy.to_json())["weights"]
+    assert [found[kind][0]["moved"] for kind in ("by_design", "changed")] == [None, None]
+
+
+@pytest.mark.parametrize("hub", ['"x"', "[]", "{}", "null", "7"])
+def test_a_card_survives_a_manifest_that_is_none(healthy, tmp_path, hub):
+    (tmp_path / "conversion.json").write_text('{"tensors": {}, "source": {"layout": "hf", "hub": ' + hub + "}}")
+    healthy.checkpoint = str(tmp_path)
+    assert card.render(healthy, "check-parity").startswith("# Verification: PASS")

@@ -94,9 +94,9 @@ def _hashed(path: str) -> tuple[str, str, str] | None:
         manifest = parse_json((Path(path) / "conversion.json").read_bytes())
         tensors = sorted((name, one["hash"]) for name, one in manifest["tensors"].items())
         made_from = manifest["source"].get("hub") or {"layout": manifest["source"]["layout"]}
+        said = " ".join(str(value) for value in made_from.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    said = " ".join(str(value) for value in made_from.values())
     return str(manifest.get("self", "")), said, hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from oss_model.errors import InputError
 from oss_model.files import parse_json
+from parity.reports.report import EXIT
 
 TIMES = 2.0  # a figure that became so many times larger or smaller is told; less is what another seed, or machine, does
 _RANK = {"ok": 0, "info": 0, "warn": 1, "incomplete": 2, "fail": 3}
@@ -34,6 +35,8 @@ def read(file: Path) -> dict[str, Any]:
         report = parse_json(file.read_bytes())
         if not isinstance(report, dict) or not {"verdict", "taps", "sections", "weights"} <= report.keys():
             raise ValueError("it has no verdict, taps, sections and weights")
+        if report["verdict"] not in EXIT:
+            raise ValueError(f"its verdict is {report['verdict']!r}")
     except (OSError, ValueError) as e:
         raise InputError(f"{file}: expected a report of check-parity --json, found something else ({e})") from None
     return report
@@ -46,7 +49,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
         found += _figures("tap", *({_place(tap): tap for tap in report["taps"]} for report in (before, after)))
         found += _figures("form", *({_form(form): form for form in report.get("forms", [])} for report in (before, after)))
         found += _run(before, after)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as e:
         raise InputError(
             f"expected two reports of check-parity --json, found one with something missing in it ({e!r})"
         ) from None
@@ -83,12 +86,16 @@ def _sections(before: dict, after: dict) -> Iterator[Change]:
 
 
 def _weights(before: dict, after: dict) -> Iterator[Change]:
-    was, now = ({one["name"]: one["note"] for one in report["weights"]["differing"]} for report in (before, after))
-    for name in dict.fromkeys([*was, *now]):
-        if (name in was) != (name in now):
-            yield Change(
-                f"weight {name}", "differs" if name in was else "exact", "differs" if name in now else "exact", name in now
-            )
+    """Exact is what is in none of the lists."""
+    sides: list[dict[str, str]] = []
+    for report in (before, after):
+        found = report["weights"]
+        kinds = {"differing": "differs", "changed": "changed", "by_design": "by design"}
+        sides.append({one["name"]: said for kind, said in kinds.items() for one in found.get(kind, [])})
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        was, now = (side.get(name, "exact") for side in sides)
+        if was != now:
+            yield Change(f"weight {name}", was, now, {"differs": True}.get(now, False if was == "differs" else None))
 
 
 def _figures(kind: str, was: dict[str, dict], now: dict[str, dict]) -> Iterator[Change]:
@@ -100,7 +107,7 @@ def _figures(kind: str, was: dict[str, dict], now: dict[str, dict]) -> Iterator[
             yield Change(f"{kind} {name}", _shown(old, key), _shown(new, key), None)
         elif old["verdict"] != new["verdict"]:
             yield Change(f"{kind} {name}", _shown(old, key), _shown(new, key), _RANK[new["verdict"]] > _RANK[old["verdict"]])
-        elif old[key] and new[key] and not 1 / TIMES < new[key] / old[key] < TIMES:
+        elif _is_another(old[key], new[key]):
             yield Change(f"{kind} {name}", _shown(old, key), _shown(new, key), new[key] > old[key])
 
 
@@ -108,11 +115,17 @@ def _run(before: dict, after: dict) -> Iterator[Change]:
     was, now = (report.get("free_run") or {} for report in (before, after))
     for name in ("max_abs", "kl_mean", "kl_max"):
         old, new = was.get(name), now.get(name)
-        if old and new and not 1 / TIMES < new / old < TIMES:
+        if old is not None and new is not None and _is_another(old, new):
             yield Change(f"free run {name}", f"{old:.1e}", f"{new:.1e}", new > old)
     old, new = before.get("seconds"), after.get("seconds")
     if old and new and not 1 / TIMES < new / old < TIMES:
         yield Change("seconds", f"{old:.0f}", f"{new:.0f}", None)
+
+
+def _is_another(old: float | None, new: float | None) -> bool:
+    if old is None or new is None or not (old or new):
+        return False
+    return not old or not new or not 1 / TIMES < new / old < TIMES
 
 
 def _shown(one: dict | None, key: str) -> str:

@@ -196,7 +196,9 @@ class Report:
         differing = [{"name": weight.name, "note": weight.note} for weight in self.weights if weight.note]
         moved = [weight for weight in self.weights if weight.moved is not None]
         changed = [{"name": weight.name, "moved": _json(weight.moved or 0.0)} for weight in moved if not weight.rule]
-        designed = [{"name": weight.name, "rule": weight.rule, "moved": weight.moved} for weight in moved if weight.rule]
+        designed = [
+            {"name": weight.name, "rule": weight.rule, "moved": _json(weight.moved or 0.0)} for weight in moved if weight.rule
+        ]
         found = {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
@@ -268,5 +270,5 @@ class Report:
 
 
 def _json(number: float) -> float | None:
-    """JSON has no NaN."""
-    return None if math.isnan(number) else number
+    """JSON has neither NaN nor infinities."""
+    return number if math.isfinite(number) else None
