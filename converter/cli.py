@@ -299,7 +299,7 @@ def _inspect_oss(path, revision, subfolder, json_file) -> int:
     """What is PATH, and what can be done with it?
 
     A directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved, or LoRA
-    updates, ours or PEFT's; or a repository of the Hugging Face hub. Nothing is written but what --json asks for.
+    updates, ours or PEFT's; or a repository of the Hugging Face hub, which is downloaded to the hub's cache.
 
     Example:
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import Incomplete
-from converter.manifest import read_manifest
+from converter.manifest import known_files, read_manifest
 from converter.store import MANIFEST
 from oss_model import hub
 from oss_model.errors import InputError, raise_all
@@ -37,12 +37,12 @@ def prepare(repository: str, proof: Path | None) -> None:
         faults.append(f"--card {proof}: expected the card that check-parity --card wrote, found no file")
     raise_all(faults)
     hub.need(repository)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
     except Exception as error:
-        if not hub.is_hubs(error):
+        if not hub.is_hubs(error) and not isinstance(error, errors.HFValidationError | errors.OfflineModeIsEnabled):
             raise
         raise InputError(
             f"--push {repository}: expected a repository that may be written, found that it cannot be ({hub.reason(error)});"
@@ -57,16 +57,21 @@ def push(directory: Path, repository: str, proof: Path | None = None) -> str:
       proof: a verification card (`check-parity --card`), for the end of the model card.
 
     Raises:
+      InputError: if the proof is of another checkpoint.
       Incomplete: if the upload breaks off.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     manifest = read_manifest(directory)
     assert manifest is not None
-    text = card(repository, manifest, None if proof is None else proof.read_text(encoding="utf-8"))
-    files: dict[str, Any] = {
-        path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()
-    }
+    proven = None if proof is None else proof.read_text(encoding="utf-8")
+    if proven is not None and manifest["self"] not in proven:
+        raise InputError(
+            f"--card {proof}: expected a card of {directory}, which has {manifest['self']} in it, found one of something else;"
+            f" check-parity ... {directory} --card {proof} writes it"
+        )
+    text = card(repository, manifest, proven)
+    files: dict[str, Any] = {name: directory / name for name in sorted(known_files(manifest))}
     files[CARD] = text.encode()
     api = HfApi()
     for attempt in range(hub.TRIES):

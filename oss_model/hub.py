@@ -182,6 +182,10 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         if not is_hubs(error):
             raise
+        if not may_pass(error):
+            raise InputError(
+                f"{repository}{at}: expected files that may be downloaded, found an error: {reason(error)}"
+            ) from None
         raise Incomplete(
             f"{repository}{at}: the download broke off {TRIES} times ({reason(error)}); the files that are whole are kept:"
             " run the same command again"

@@ -173,6 +173,8 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
             if made_from and not there.is_dir():  # no longer in the cache
                 there = hub.local(made_from["repository"], made_from["commit"], made_from.get("subfolder"))
             return there, source
+        except InputError:  # of the hub
+            raise
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{manifest}: expected a manifest of convert-oss, found none ({e}); give SRC and DST") from None
     from converter import convert

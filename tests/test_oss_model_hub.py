@@ -108,6 +108,9 @@ def test_parity_takes_the_commit_that_was_converted(run, server, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "20/20" in result.stdout
     assert server.asked["model.safetensors"] == 2
+    shutil.rmtree(tmp_path / "cache")
+    assert "HF_HUB_OFFLINE is set" in only_line(run("check-parity", "out", HF_HUB_OFFLINE="1"), 2)
+    assert run("check-parity", "out").returncode == 0
     assert "20/20" in run("check-parity", REPOSITORY, "out", "--revision", COMMIT, HF_HUB_OFFLINE="1").stdout
 
 
@@ -179,13 +182,18 @@ def test_a_token_is_used_and_written_nowhere(run, server, tmp_path):
 
 
 def test_an_export_is_pushed_with_a_card(run, server, small_out, tmp_path):
+    form = ["convert-oss", small_out, "out", "--to", "hf", "--quantizer", "best"]
+    assert run(*form).returncode == 0
+    (tmp_path / "out/.env").write_text("secret")  # not of the conversion
     (tmp_path / "card.md").write_text("# Verification: PASS\n")
-    asked = ["convert-oss", small_out, "out", "--to", "hf", "--quantizer", "best", "--push", "me/served", "--card", "card.md"]
+    asked = [*form, "--push", "me/served", "--card", "card.md"]
+    assert "found one of something else" in only_line(run(*asked), 2)
+    (tmp_path / "card.md").write_text(f"{manifest(tmp_path / 'out')['self']}\n# Verification: PASS\n")
     result = run(*asked, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["pushed"] == f"{server.url}/me/served"
     assert "private" in (server.made["me/served"].get("visibility"), *server.made["me/served"])
-    files = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    files = {path.name: path for path in (tmp_path / "out").iterdir() if path.name != ".env"}
     assert server.pushed.keys() == files.keys() | {"README.md"}
     assert all(server.pushed[name] == path.read_bytes() for name, path in files.items())
     assert server.stored  # a large file went by itself
@@ -221,6 +229,8 @@ def test_an_upload_that_breaks_off_is_told_and_taken_up(run, server, small_out, 
 def test_who_may_not_write_is_told_before_anything_is_converted(run, server, small_out, tmp_path):
     server.token = "hf_secretsecretsecret"
     assert "hf auth login" in only_line(run("convert-oss", small_out, "out", "--push", "me/x"), 2)
+    assert "cannot be" in only_line(run("convert-oss", small_out, "out", "--push", "a/b--c"), 2)
+    assert "cannot be" in only_line(run("convert-oss", small_out, "out", "--push", "a/b", HF_HUB_OFFLINE="1"), 2)
     assert "found 'nonsense'" in only_line(run("convert-oss", small_out, "out", "--push", "nonsense"), 2)
     assert "found no file" in only_line(run("convert-oss", small_out, "out", "--push", "me/x", "--card", "none.md"), 2)
     assert "--card: expected --push" in only_line(run("convert-oss", small_out, "out", "--card", "none.md"), 2)
