@@ -1,7 +1,6 @@
 """A finished checkpoint as a repository of the Hugging Face hub, with a model card that says what it is and was made from."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +72,19 @@ def push(directory: Path, repository: str, proof: Path | None = None) -> str:
     text = card(repository, manifest, proven)
     files: dict[str, Any] = {name: directory / name for name in sorted(known_files(manifest))}
     files[CARD] = text.encode()
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     api = HfApi()
-    for attempt in range(hub.TRIES):
-        try:
-            with hub.quietly():
-                operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-                api.create_commit(repository, operations, commit_message="convert-oss")
-            return f"{api.endpoint}/{repository}"
-        except Exception as wrapped:
-            error = hub.cause(wrapped)
-            if not hub.is_hubs(error):
-                raise
-            if attempt == hub.TRIES - 1 or not hub.may_pass(error):
-                raise Incomplete(
-                    f"--push {repository}: the upload broke off ({hub.reason(error)}); {directory} is whole: run the same"
-                    " command again"
-                ) from None
-            time.sleep(hub.WAIT_SECONDS * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        with hub.quietly():
+            api.create_commit(repository, operations, commit_message="convert-oss")  # tries each file several times
+    except Exception as wrapped:
+        error = hub.cause(wrapped)
+        if not hub.is_hubs(error):
+            raise
+        raise Incomplete(
+            f"--push {repository}: the upload broke off ({hub.reason(error)}); {directory} is whole: run the same command again"
+        ) from None
+    return f"{api.endpoint}/{repository}"
 
 
 def card(repository: str, manifest: dict[str, Any], proof: str | None = None) -> str:

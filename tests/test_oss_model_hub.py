@@ -216,7 +216,7 @@ def test_where_a_checkpoint_came_from_is_in_its_card(run, server):
 
 
 def test_an_upload_that_breaks_off_is_told_and_taken_up(run, server, small_out, tmp_path):
-    server.refused = (503, 10**6)
+    server.refused = (403, 10**6)
     asked = ["convert-oss", small_out, "out", "--push", "me/orbax"]
     line = only_line(run(*asked), 3)
     assert "the upload broke off" in line
