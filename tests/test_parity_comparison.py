@@ -25,12 +25,14 @@ from oss_model import (
 )
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
-from parity import compare, comparison, metrics, walk
+from parity import compare, metrics, walk
+from parity.arms import Arms
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.prompts import random_prompt
 from parity.reference import Reference
 from parity.reports import html, junit
+from parity.reports.report import Report
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +184,8 @@ def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
     convert(source, tmp_path / "checkpoint")
     reference, candidate = Reference(source), Candidate(tmp_path / "checkpoint")
     prompt = random_prompt(509, 28, 0)
-    blank = comparison.Report("", "", "", 28, 0, True)
-    run = comparison._Run(candidate, reference, blank, prompt, False, False, lambda *_: None)
+    blank = Report("", "", "", 28, 0, True)
+    run = Arms(candidate, reference, blank, prompt, False, False, lambda *_: None)
     expected, layer = reference.layer(0), candidate.layer(0)
     taps = expected.run(reference.embed(prompt.tokens, np.float32))
     taps["expert_choice"] = np.minimum(taps["expert_choice"], 6)
