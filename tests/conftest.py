@@ -107,6 +107,25 @@ def start():
         yield begin
 
 
+# --- reports ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def healthy():
+    """Of a right model."""
+    from reporting import healthy_report
+
+    return healthy_report()
+
+
+@pytest.fixture
+def broken():
+    """Of every kind of fault one, and more flips than are shown at once."""
+    from reporting import broken_report
+
+    return broken_report()
+
+
 # --- conversions that are cut off -------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import html.parser
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,57 +14,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 from click.testing import CliRunner
+from reporting import RUN
 
 from oss_model.taps import LAYER_TAPS
-from parity.cli import _report_diff, diff_main, main
-from parity.reports import card, junit
+from parity.cli import main
 from parity.reports import html as page
-from parity.reports.report import FormResult, Report, TapResult, Weight
-
-FOLLOWS = {131: {"layer": 16, "token": 131}, 132: {"layer": 16, "token": 131}}  # token of a flip -> the flip it follows from
-RUN = {"max_abs": 9.1e-6, "max_logit": 4.1, "kl_mean": 1e-12, "kl_p95": 3e-12, "kl_max": 4e-12, "top1": 1.0}
-
-
-@pytest.fixture
-def healthy() -> Report:
-    report = Report("gpt-oss", "gpt-oss-orbax", "gpt-oss, 24 layers", 320, 0, True, peak_rss_bytes=2**31, seconds=12.5)
-    report.weights = [Weight("embedding.weight"), *(Weight(f"layers.{n}.attn.sinks") for n in range(24))]
-    report.taps = [TapResult(None, "rope", 2.3e-7, 1e-6, "ok", "cos and sin up to position 32767")]
-    report.taps += [TapResult(n, name, 4e-7, 1e-5, "ok") for n in range(24) for name in LAYER_TAPS]
-    report.taps += [TapResult(None, name, 3e-7, 1e-5, "ok") for name in ("final_norm", "logits")]
-    report.free_run = RUN | {"gate": 2e-4, "verdict": "ok", "own_routing": dict(RUN)}
-    report.growth = [{"layer": n, "replayed": 1e-6 * (n + 1), "own": 1e-6 * (n + 1)} for n in range(24)]
-    report.token_kl = [1e-12, 0.0, -1e-17, 3e-12] * 80
-    return report
-
-
-@pytest.fixture
-def broken(healthy) -> Report:
-    """Of every kind of fault one, and more flips than are shown at once."""
-    taps = {(tap.layer, tap.tap): i for i, tap in enumerate(healthy.taps)}
-    healthy.taps[taps[16, "attn_core"]] = TapResult(16, "attn_core", 0.31, 1.2, "fail", "only tokens >= 128", 5.25)
-    healthy.taps[taps[18, "attn_core"]] = TapResult(18, "attn_core", 1e9, 1e9, "fail", "all tokens")
-    healthy.taps[taps[20, "q"]] = TapResult(20, "q", 1.0, 0.0, "incomplete", "the candidate has no such tap")
-    healthy.weights[7] = Weight("layers.6.attn.sinks", "1 of 64 values differ, first at [3], by at most 0.0312")
-    healthy.free_run |= {"verdict": "fail", "max_abs": 2.5}
-    healthy.growth[20]["own"] = 1e9
-    flip = {"layer": 17, "lost": [2, 6], "took": [0, 3], "margin": 1e-7}
-    healthy.judged_flips = [flip | {"token": t, "explained": t != 130} for t in (128, 130)]
-    healthy.flips = [flip | {"token": t, "explained": True, "follows": FOLLOWS.get(t)} for t in range(128, 167)]
-    healthy.flips += [flip | {"token": 167, "explained": False, "follows": None}]
-    healthy.diagnosis = {
-        "cause": "code",
-        "fault": "the sliding window is 129, should be 128",
-        "name": "window-one-long",
-        "layer": 16,
-        "tap": "attn_core",
-        "residual_before": 0.31,
-        "residual_after": 4e-6,
-        "fix": "a query sees `window` keys, itself included",
-        "others": [],
-    }
-    healthy.incomplete = ["one reason", "another reason"]
-    return healthy
+from parity.reports import junit
+from parity.reports.report import Report, TapResult, Weight
 
 
 def fails_nothing(report: Report) -> None:
@@ -495,54 +450,7 @@ def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(tmp_path, m
         cli._write(healthy, {"html": tmp_path / "report.html"}, "check-parity")
 
 
-# --- the card ---------------------------------------------------------------------------------------------------
-
-
-def rows(text: str) -> list[list[str]]:
-    return [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| ")
-    ]
-
-
-def test_a_card_says_what_how_and_how_to_repeat_it(healthy):
-    healthy.forms = [FormResult("jit", "model", "bfloat16", "ok", 1.04), FormResult("cache", "model", "float32", "ok", 2e-6)]
-    text = card.render(healthy, "check-parity SRC DST --layers")
-    assert text.startswith("# Verification: PASS\n")
-    assert re.search(r"^\d{4}-\d\d-\d\d, by `check-parity` of convert-oss \d", text, re.MULTILINE)
-    found = rows(text)
-    assert ["model", "gpt-oss, 24 layers"] in found
-    assert ["weights", "ok", "all 25 parameters are bit-exact"] in found
-    assert ["jit", "bfloat16", "model", "1.04 times PyTorch's own error", "ok"] in found
-    assert any(row[0] == "free run" and "KL 1.000e-12 mean" in row[2] for row in found)
-    assert "transformers" in next(row[1] for row in found if row[0] == "versions")
-    assert text.endswith("```\ncheck-parity SRC DST --layers\n```\n")
-    assert len({len(row) for row in found if row[0] in ("arm", "weights", "taps")}) == 1
-
-
-def test_a_card_of_a_failure_says_so_first(broken):
-    text = card.render(broken, "check-parity")
-    assert text.startswith("# Verification: FAIL\n")
-    assert "### diagnosis" in text
-    assert "first divergence: " in text
-    assert [row[3] for row in rows(text) if row[0] == "layer 16 attn_core"] == ["fail"]
-
-
-def test_the_command_writes_a_card_of_what_it_compared(tmp_path, small, small_out):
-    file = tmp_path / "card.md"
-    options = ["--card", str(file), "--expect-changed", r".*sinks", "--tokens", "30"]
-    result = CliRunner().invoke(main, [str(small), str(small_out), *options])
-    assert result.exit_code == 0, result.output
-    text = file.read_text()
-    *_, typed, end = text.splitlines()
-    assert end == "```"
-    assert sorted(shlex.split(typed)) == sorted(["check-parity", str(small), str(small_out), *options])
-    assert typed.startswith(f"check-parity {small} {small_out} --")
-    assert rows(text)[-1][0] == "DST"
-    assert re.fullmatch(r"[0-9a-f]{64}", rows(text)[-1][3])
-    assert len(rows(text)[-1][1]) == 32
-
-
-# --- in a notebook, and two of them -----------------------------------------------------------------------------
+# --- in a notebook, and as JSON -------------------------------------------------------------------------------------
 
 
 def test_a_notebook_shows_the_page_in_a_frame(healthy):
@@ -560,81 +468,8 @@ def test_taps_become_a_table_of_pandas(healthy, monkeypatch):
     assert rows[1] == dataclasses.asdict(healthy.taps[1])
 
 
-@pytest.fixture
-def two(tmp_path, healthy):
-    """Writes a report before and after `edit`, and gives what report-diff prints and exits with."""
-
-    def run(edit, *options: str) -> tuple[int, list[str]]:
-        before, after = tmp_path / "before.json", tmp_path / "after.json"
-        before.write_text(healthy.to_json())
-        edit(healthy)
-        after.write_text(healthy.to_json())
-        result = CliRunner().invoke(_report_diff, [str(before), str(after), *options], standalone_mode=False)
-        assert result.exception is None, result.exception
-        return result.return_value, result.output.splitlines()
-
-    return run
-
-
-def test_the_same_twice_is_no_difference(two):
-    assert two(lambda report: None) == (0, ["PASS -> PASS", "0 worse, 0 better, 0 otherwise different"])
-
-
-def test_what_became_worse_comes_first(two):
-    def edit(report):
-        report.taps[5] = dataclasses.replace(report.taps[5], worst_token_rel_l2=0.3, verdict="fail")
-        report.taps[6] = dataclasses.replace(report.taps[6], worst_token_rel_l2=1e-7)
-        report.taps[7] = dataclasses.replace(report.taps[7], worst_token_rel_l2=5e-7)  # as another seed would
-        report.weights[3] = Weight(report.weights[3].name, "one value differs")
-        report.tokens = 64
-
-    code, lines = two(edit)
-    assert code == 1
-    assert lines[0] == "PASS -> FAIL"
-    assert [line.split()[0] for line in lines[1:-1]] == ["worse"] * 4 + ["tokens", "better"]
-    assert re.search(r"^worse   tap layer 0 q_rope +4\.0e-07 -> 3\.0e-01 fail$", "\n".join(lines), re.MULTILINE)
-    assert any(line.startswith("worse   weight layers.2.attn.sinks") for line in lines)
-    assert lines[-1] == "4 worse, 1 better, 1 otherwise different"
-
-
-def test_two_reports_as_json(two):
-    code, (line,) = two(lambda report: report.forms.append(FormResult("jit", "model", "float32", "fail", 0.1)), "--json")
-    found = json.loads(line)
-    assert (code, found["before"], found["after"]) == (0, "pass", "fail")
-    assert {"what": "form jit (float32, model)", "before": "", "after": "1.0e-01 fail", "worse": None} in found["changes"]
-
-
-NO_REPORTS = ["", "[]", "{}", '{"verdict": 1, "taps": [], "sections": [], "weights": {"differing": []}}',
-              '{"verdict": "pass", "taps": 2, "sections": 3, "weights": 4}']  # fmt: skip
-
-
-@pytest.mark.parametrize("text", NO_REPORTS)
-def test_what_is_no_report_is_a_line(tmp_path, text, capsys):
-    (tmp_path / "a.json").write_text(text)
-    assert diff_main([str(tmp_path / "a.json")] * 2) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_a_figure_of_zero_and_what_was_trained_are_told(two):
-    def edit(report):
-        report.taps[5] = dataclasses.replace(report.taps[5], worst_token_rel_l2=0.0)
-        report.weights[3] = Weight(report.weights[3].name, moved=0.1)
-
-    code, lines = two(edit)
-    assert code == 0
-    assert re.search(r"^ +weight layers\.2\.attn\.sinks +exact -> changed$", "\n".join(lines), re.MULTILINE)
-    assert re.search(r"^better +tap layer 0 q_rope +4\.0e-07 -> 0\.0e\+00$", "\n".join(lines), re.MULTILINE)
-
-
 def test_what_moved_beyond_all_numbers_is_json_too(healthy):
     healthy.weights[0] = Weight("embedding.weight", moved=float("inf"), rule="bfloat16")
     healthy.weights[1] = Weight("layers.0.attn.sinks", moved=float("nan"))
     found = json.loads(healthy.to_json())["weights"]
     assert [found[kind][0]["moved"] for kind in ("by_design", "changed")] == [None, None]
-
-
-@pytest.mark.parametrize("hub", ['"x"', "[]", "{}", "null", "7"])
-def test_a_card_survives_a_manifest_that_is_none(healthy, tmp_path, hub):
-    (tmp_path / "conversion.json").write_text('{"tensors": {}, "source": {"layout": "hf", "hub": ' + hub + "}}")
-    healthy.checkpoint = str(tmp_path)
-    assert card.render(healthy, "check-parity").startswith("# Verification: PASS")
