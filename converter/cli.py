@@ -142,8 +142,7 @@ def _convert_oss(
 
         def source() -> Path:
             """SRC; a repository is not downloaded before the rest is known to be right."""
-            for name in ("like", "merge", "base", "tokenizer"):
-                form.update({name: hub.local(form[name])} if form.get(name) else {})
+            form.update({name: hub.local(form[name]) for name in ("like", "merge", "base", "tokenizer") if form.get(name)})
             return hub.local(src, revision, subfolder, download=not dry_run)
 
         if form["to"] in ADAPTERS or form["base"]:
