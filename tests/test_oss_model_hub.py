@@ -109,7 +109,9 @@ def test_parity_takes_the_commit_that_was_converted(run, server, tmp_path):
     assert "20/20" in result.stdout
     assert server.asked["model.safetensors"] == 2
     shutil.rmtree(tmp_path / "cache")
-    assert "HF_HUB_OFFLINE is set" in only_line(run("check-parity", "out", HF_HUB_OFFLINE="1"), 2)
+    line = only_line(run("check-parity", "out", HF_HUB_OFFLINE="1"), 2)
+    assert line.startswith(f"error: {REPOSITORY} at {COMMIT}: ")  # and not that of a manifest that cannot be read
+    assert line.endswith("HF_HUB_OFFLINE is set")
     assert run("check-parity", "out").returncode == 0
     assert "20/20" in run("check-parity", REPOSITORY, "out", "--revision", COMMIT, HF_HUB_OFFLINE="1").stdout
 

@@ -128,15 +128,15 @@ def test_without_a_manifest_nothing_is_by_design(made, tmp_path):
     assert by_design(made["trained"], made["packed"]) == Design(RULE, of_reference=False)
 
 
-def low_bits(directory: Path, name: str, to: Path) -> Path:
-    """A copy of an Orbax checkpoint in which the lowest bit of every value of a parameter is another, its hashes all right."""
+def changed(directory: Path, name: str, to: Path, bit: int = 0) -> Path:
+    """A copy of an Orbax checkpoint in which a bit of every bfloat16 of a parameter is another, its checksums all right."""
     import google_crc32c
 
     shutil.copytree(directory, to)
     for chunk in (to / f"{name}.value/c").rglob("*"):
         if chunk.is_file():
             data = bytearray(chunk.read_bytes()[:-4])
-            data[::2] = bytes(byte ^ 1 for byte in data[::2])
+            data[::2] = bytes(byte ^ 1 << bit for byte in data[::2])
             chunk.write_bytes(bytes(data) + google_crc32c.value(bytes(data)).to_bytes(4, "little"))
     return to
 
@@ -145,7 +145,7 @@ def test_what_was_made_from_an_export_is_not_what_the_export_was_made_from(made,
     """The rule is that of the one that was made: a conversion without one is exact, though SRC was quantized before."""
     convert(made["served"], tmp_path / "again")
     assert by_design(made["served"], tmp_path / "again") is None
-    wrong = low_bits(tmp_path / "again", "layers.0.mlp.down.weight", tmp_path / "wrong")
+    wrong = changed(tmp_path / "again", "layers.0.mlp.down.weight", tmp_path / "wrong")
     report = compare(made["served"], wrong, layers=False)
     assert {weight.name for weight in report.weights if weight.note} == {"layers.0.mlp.down.weight"}
     convert(made["rounded"], tmp_path / "wide", "float32")
@@ -192,7 +192,7 @@ def test_a_recording_of_values_is_compared_with_packed_experts(made, tmp_path):
 
 
 def test_a_trained_embedding_is_put_right_in_bfloat16_too(made, tmp_path):
-    wrong = low_bits(made["orbax"], "embedding.weight", tmp_path / "wrong")
+    wrong = changed(made["orbax"], "embedding.weight", tmp_path / "wrong", bit=5)
     report = compare(made["trained"], wrong, dtype="bfloat16", expect_changed=["embedding.weight"])
     assert report.free_run["bfloat16"]["kl_mean"] < 3 * report.free_run["reference_bfloat16"]["kl_mean"]
 

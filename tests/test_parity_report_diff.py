@@ -66,12 +66,16 @@ def test_what_is_no_report_is_a_line(tmp_path, text, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_figure_of_zero_and_what_was_trained_are_told(two):
+def test_a_figure_of_zero_and_what_was_trained_are_told(two, healthy):
+    healthy.taps[6] = dataclasses.replace(healthy.taps[6], worst_token_rel_l2=0.0)
+
     def edit(report):
+        report.taps[6] = dataclasses.replace(report.taps[6], worst_token_rel_l2=1e-7)
         report.taps[5] = dataclasses.replace(report.taps[5], worst_token_rel_l2=0.0)
         report.weights[3] = Weight(report.weights[3].name, moved=0.1)
 
     code, lines = two(edit)
-    assert code == 0
+    assert code == 1
+    assert re.search(r"^worse +tap layer 0 k_rope +0\.0e\+00 -> 1\.0e-07$", "\n".join(lines), re.MULTILINE)
     assert re.search(r"^ +weight layers\.2\.attn\.sinks +exact -> changed$", "\n".join(lines), re.MULTILINE)
     assert re.search(r"^better +tap layer 0 q_rope +4\.0e-07 -> 0\.0e\+00$", "\n".join(lines), re.MULTILINE)
