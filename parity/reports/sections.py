@@ -11,8 +11,6 @@ from parity.design import ROUNDED
 from parity.metrics import PRECISION_FAIL
 from parity.reports.report import STORED, Report
 
-_BY_DESIGN = {ROUNDED: "rounded to bfloat16"}
-
 
 class Section(NamedTuple):
     """
@@ -66,7 +64,6 @@ def _configuration(report: Report) -> Iterator[Section]:
 def _weights(report: Report) -> Iterator[Section]:
     wrong = [f"{weight.name}: {weight.note}" for weight in report.weights if weight.note]
     others = [weight for weight in report.weights if weight.moved is not None]
-    changed = [weight for weight in others if not weight.rule]
     count, exact = len(report.weights), len(report.weights) - len(wrong) - len(others)
     verdict = "fail" if wrong else "ok"
     how = "as stored" if report.oracle == STORED else "decoded by transformers"
@@ -74,13 +71,12 @@ def _weights(report: Report) -> Iterator[Section]:
     table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
-    said = [f"{len(changed)} changed, as expected"] if changed else []
+    said = []
     for rule in sorted({weight.rule for weight in others}):
         moved = [weight.moved or 0.0 for weight in others if weight.rule == rule]
-        what = _BY_DESIGN.get(rule, f"quantized, each value as rule {rule!r} says") if rule else "changed, as expected"
-        if rule:
-            said.append(f"{len(moved)} {what}")
-        table.append(f"          {len(moved)} {what}: moved by {min(moved):.1e} to {max(moved):.1e} (relative L2)")
+        what = {"": "changed, as expected", ROUNDED: "rounded to bfloat16"}
+        said.append(f"{len(moved)} {what.get(rule, f'quantized, each value as rule {rule!r} says')}")
+        table.append(f"          {said[-1]}: moved by {min(moved):.1e} to {max(moved):.1e} (relative L2)")
     if not count:
         yield Section("weights", "incomplete", "no parameter was compared", [], table)
     elif wrong:
