@@ -28,6 +28,7 @@ from oss_model.sharding import shardings
 from oss_model.shards import Checkpoint
 from oss_model.zarr import METADATA, DamagedChunk, StoredArray, open_arrays
 
+RELEASED = 256 << 20  # of less, what the C library keeps is not worth looking for
 GROUP_BYTES = 4 << 30  # of parameters that are read at a time: less is slower, more takes more memory meanwhile
 
 
@@ -51,7 +52,7 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
         model = loader.model()
         for group in loader.groups(parts(model)):
             loader.load(group, loader.source.nbytes)
-    if loader.by_orbax:
+    if loader.by_orbax and loader.source.nbytes > RELEASED:
         release()
     return model
 

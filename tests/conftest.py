@@ -35,7 +35,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else is on the first
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # tests run in two processes, and threads that wait for each other's core take ten times as long
+# Tests run in two processes, and threads that wait for each other's core take ten times as long. By the environment for what is
+# started from here: pytest-xdist's processes, and those of tests.
+torch.set_num_threads(1)
+for library in ("OPENBLAS", "OMP", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
