@@ -1,10 +1,12 @@
 """The example finetune.py, as people run it: it learns, it goes on after a kill, and only what was trained is different."""
 
+import datetime
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,10 +16,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from chatting import chat, write_chats, write_tokenizer
 from click.testing import CliRunner
 from flax import nnx
 
 from oss_model import InputError, ModelConfig, create_model_from_checkpoint, hub, layouts, load_lora
+from oss_model.training import Data
 
 SCRIPT = Path(__file__).parent.parent / "scripts/examples/finetune.py"
 SPEC = importlib.util.spec_from_file_location("finetune", SCRIPT)
@@ -179,7 +183,7 @@ def test_a_refused_call_does_not_lock_the_directory(sources, text, tmp_path):
     given = [*map(str, (sources["hf"], text, run)), *FAST, "--length", "100000"]
     with pytest.raises(InputError) as caught:
         SCRIPT_MODULE.main.main(given, standalone_mode=False)
-    first, *_, last = caught.value.faults
+    _, first, *_, last = caught.value.faults
     assert first.startswith(f"{text}: expected more than 100000 tokens")
     assert "expected compute None as when it began, found 'float32'; use another directory" in last
     assert [file.name for file in run.iterdir()] == ["run.json"]
@@ -204,9 +208,10 @@ def test_a_hub_repository_is_a_source(source, text, tmp_path, monkeypatch):
         )
 
 
-def test_tokens_of_another_models_tokenizer_are_refused(cfg, text):
-    faults = SCRIPT_MODULE.text_faults(text, np.array([1, 509, 3]), 2, cfg)
-    assert faults == [f"{text}: expected tokens from 0 to 508, found 509; is it that tokenizer?"]
+def test_tokens_of_another_models_tokenizer_are_refused(cfg, text, tmp_path):
+    data = Data(text, tmp_path, batch=1, length=2, today=datetime.date(2026, 1, 1))
+    data.tokens = np.array([1, 509, 3])
+    assert data.faults(cfg) == [f"{text}: expected tokens from 0 to 508, found 509; is it that tokenizer?"]
 
 
 def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path, start):
@@ -230,3 +235,126 @@ def test_speed_is_measured_after_compiling(source, text, tmp_path):
     assert first.endswith(" s, compiling included")
     assert "tokens/s" not in first
     assert last.endswith("tokens/s")
+
+
+# --- chats, held-out loss, several processes --------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(source, tmp_path) -> tuple[Path, Path, Path]:
+    """The source with a tokenizer and a template, chats to train on, and others."""
+    home = shutil.copytree(source, tmp_path / "home")
+    write_tokenizer(home)
+    said = [chat("abcdefgh"[: 1 + n % 8], "yes" if n % 2 else "no") for n in range(40)]
+    return home, write_chats(tmp_path / "chats.jsonl", said), write_chats(tmp_path / "others.jsonl", said[::-7])
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+CHATS = [
+    "--length", "63", "--batch", "4", "--accumulate", "2", "--schedule", "cosine", "--warmup", "2",
+    "--train", ".*(proj|router).*", "--freeze", ".*router.*", "--save-every", "4",
+]  # fmt: skip
+PROJECTIONS = {f"layers.{n}.attn.{part}_proj.{kind}" for n in range(2) for part in "qkvo" for kind in ("weight", "bias")}
+
+
+def test_chats_with_held_out_loss_go_on_bit_for_bit_and_the_best_is_kept(chats, tmp_path):
+    source, file, others = chats
+    options = [*CHATS, "--eval", str(others), "--steps", "12", "--learning-rate", "3e-2", "--best", "--weight-decay", "0.01"]
+    whole = finetune(source, file, tmp_path / "whole", *options)
+    assert f"{file}: 40 documents in " in whole
+    lines = log(tmp_path / "whole")
+    steps = [line for line in lines if "loss" in line]
+    looked = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert list(looked) == [4, 8, 12]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert [line["learning_rate"] for line in steps[:3]] == pytest.approx([3e-3, 1.65e-2, 3e-2], rel=1e-5)
+    assert steps[-1]["learning_rate"] < 1e-3
+    assert all(len(line["router_evenness"]) == len(line["dead_experts"]) == 2 for line in lines if "held_out_loss" in line)
+    best = min(looked, key=lambda step: looked[step])
+    assert f"the result is that of step {best}, whose held-out loss is the lowest" in whole
+    assert {int(path.name) for path in (tmp_path / "whole/steps").iterdir() if path.name.isdigit()} == {best, 12}
+    changed = differing(source, tmp_path / "whole/model", tmp_path)
+    assert changed == PROJECTIONS
+
+    with pytest.raises(AssertionError, match="expected steps 12 as when it began, found 16"):  # the rate falls with them
+        finetune(source, file, tmp_path / "whole", *options, "--steps", "16")
+    shutil.rmtree(tmp_path / "whole/model")
+    again = finetune(source, file, tmp_path / "whole", *options)
+    assert "resumed after step 12" in again
+    assert log(tmp_path / "whole") == lines
+    assert differing(source, tmp_path / "whole/model", tmp_path) == changed
+
+
+def together(start, count: int, source: Path, file: Path, run: Path, *options: str) -> list[str]:
+    """What each of `count` processes says, of eight devices in all."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    children = []
+    for n in range(count):
+        flag = ["--distributed", f"localhost:{port},{n + 1}/{count}"] if count > 1 else []
+        line, piped = command(source, file, run, *options, *flag), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        children.append(start(line, text=True, env=environment(8 // count), **piped))
+    ended = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0] * count, [err[-2000:] for _, err in ended]
+    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in ended]
+
+
+def timeless(run: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in log(run)]
+
+
+def test_two_processes_do_what_one_does_and_go_on_bit_for_bit(chats, tmp_path, start):
+    source, file, others = chats
+    options = [*CHATS, "--batch", "16", "--eval", str(others), "--mesh", "fsdp=8", "--schedule", "constant"]
+    options += ["--save-every", "3", "--steps"]
+    together(start, 1, source, file, tmp_path / "one", *options, "6")
+    said = together(start, 2, source, file, tmp_path / "two", *options, "6")
+    assert said[0].count("step ") > 3
+    assert said[1] == ""
+    names = ("loss", "gradient_norm", "held_out_loss")
+    one, two = ([line[name] for line in log(tmp_path / run) for name in names if name in line] for run in ("one", "two"))
+    assert len(one) == 14
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+    together(start, 2, source, file, tmp_path / "parts", *options, "3")
+    assert "resumed after step 3" in together(start, 2, source, file, tmp_path / "parts", *options, "6")[0]
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "two")
+    cfg = ModelConfig.from_json(tmp_path / "two/model/config.json")
+    a, b = (nnx.state(create_model_from_checkpoint(tmp_path / run / "model", cfg)) for run in ("two", "parts"))
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--accumulate", "3"], "--accumulate: expected a number that divides --batch 4, found 3"),
+        (["--balance", "0.1"], "--balance: expected --remat none beside it, which keeps what the router said, found block"),
+        (["--best"], "--best: expected --eval beside it, to know which is, found none"),
+        (["--freeze", "norm"], "--freeze 'norm': expected to match some of what --train '.*' does, found all or none"),
+        (["--freeze", ".*", "--lora", ATTENTION], "--freeze: expected --train, of which it takes away, found --lora"),
+        (["--distributed", "here"], "expected auto or HOST:PORT,I/N with I from 1 to N, found 'here'"),
+        (["--distributed", "here:1,3/2"], "expected auto or HOST:PORT,I/N with I from 1 to N, found 'here:1,3/2'"),
+        (["--length", "8"], "chats.jsonl: expected tokens that count within --length 8, found none"),
+    ],
+)
+def test_options_that_do_not_go_together(chats, options, fault, tmp_path):
+    source, file, _ = chats
+    given = [*map(str, (source, file, tmp_path / "run")), *FAST, "--batch", "4", "--length", "63", "--mesh", "fsdp=8", *options]
+    result = CliRunner().invoke(SCRIPT_MODULE.main, given)
+    assert result.exit_code != 0
+    assert fault in (str(result.exception) if isinstance(result.exception, InputError) else result.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_before_go_on_as_they_were(text, tmp_path):
+    """Of what they did not know, they did what is usual."""
+    (tmp_path / "run.json").write_text('{"source": "a", "batch": 8}')
+    usual = {"warmup": 10, "freeze": None}
+    assert SCRIPT_MODULE.differences(tmp_path / "run.json", {"source": "a", "batch": 8}, usual) == []
+    [fault] = SCRIPT_MODULE.differences(tmp_path / "run.json", {"source": "a", "batch": 8, "warmup": 2}, usual)
+    assert "expected warmup 10 as when it began, found 2" in fault

@@ -1,8 +1,13 @@
-r"""Fine-tune gpt-oss on a text file: convert, restore onto a mesh, train, save with plain Orbax.
+r"""Fine-tune gpt-oss on text or chats: convert, restore onto a mesh, train, save with plain Orbax.
 
 \b
     finetune.py openai/gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
     finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\.(gate_up|down)'
+    finetune.py gpt-oss-20b chats.jsonl run --eval held-out.jsonl --best --warmup 20 --schedule cosine --accumulate 4
+
+TEXT is a plain text, of which windows are taken, or a .jsonl file, a document a line: {"messages": [...]} is rendered by the
+checkpoint's own chat template, and only the assistant's tokens count; of {"text": "..."} all do. Documents are packed into
+rows; each sees itself alone.
 
 Without --lora the parameters that --train matches are trained, all held in float32: 16 bytes a value trained, with its
 gradient and Adam's moments. With --lora only low-rank updates are, over experts that stay packed MXFP4. The same command
@@ -11,26 +16,26 @@ is found to be possible.
 
 RUN/base is the converted checkpoint, RUN/steps what a resumed run needs, RUN/model the result, in the tree of the checkpoint
 that convert-oss makes. Low-rank updates are in RUN/lora, and folded into RUN/model, unless they are of packed experts.
-One process, all its devices; docs/training.md has what changes with several hosts.
+RUN/log.jsonl has a line a step. On several hosts each runs this, with --distributed and the same RUN, on a disk they share.
 """
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -41,7 +46,6 @@ from oss_model import (
     Transformer,
     add_lora,
     create_model_from_checkpoint,
-    cross_entropy,
     hub,
     merge_lora,
     save_lora,
@@ -49,10 +53,12 @@ from oss_model import (
 from oss_model.errors import place_faults, raise_all
 from oss_model.exits import run_click
 from oss_model.layouts import parameter_name
-from oss_model.lora import named_before, named_now, select
+from oss_model.lora import select
 from oss_model.params import is_orbax
 from oss_model.sharding import check
 from oss_model.shards import Checkpoint
+from oss_model.training import Data, Training, train
+from oss_model.training.steps import SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +66,12 @@ class Matching:
     """A filter of `flax.nnx`: the parameters whose whole name matches."""
 
     pattern: str
+    but: str | None = None  # those that match this
 
     def __call__(self, path: tuple, value: object) -> bool:
-        return isinstance(value, nnx.Param) and re.fullmatch(self.pattern, parameter_name(path)) is not None
+        name = parameter_name(path)
+        frozen = self.but is not None and re.fullmatch(self.but, name) is not None
+        return isinstance(value, nnx.Param) and re.fullmatch(self.pattern, name) is not None and not frozen
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
@@ -79,14 +88,17 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     return mesh
 
 
-def differences(file: Path, settings: dict) -> list[str]:
-    """What is other than in the run that is noted in `file`, a line each: a resumed run must be what it was."""
+def differences(file: Path, settings: dict, usual: dict) -> list[str]:
+    """What is other than in the run that is noted in `file`, a line each: a resumed run must be what it was.
+
+    What is as usual is not noted: runs of earlier releases, which knew fewer options, go on.
+    """
     if not file.exists():
         return place_faults(file.parent)
-    before = json.loads(file.read_text())
+    before = usual | json.loads(file.read_text())
     return [
         f"{file.parent}: expected {name} {before.get(name)!r} as when it began, found {value!r}; use another directory"
-        for name, value in settings.items()
+        for name, value in (usual | settings).items()
         if before.get(name) != value
     ]
 
@@ -99,135 +111,91 @@ def note(file: Path, settings: dict) -> None:
     os.replace(partial, file)
 
 
-def tokenize(text: Path, checkpoint: Path) -> np.ndarray:
-    """int32 [tokens]: by the checkpoint's tokenizer, or, where it has none, the bytes themselves."""
-    tokenizer = checkpoint / "tokenizer.json"
-    if not tokenizer.exists():
-        return np.frombuffer(text.read_bytes(), np.uint8).astype(np.int32)
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise InputError(
-            f"{tokenizer}: expected the package tokenizers, to read it with, found none; pip install tokenizers"
-        ) from None
-    return np.array(Tokenizer.from_file(str(tokenizer)).encode(text.read_text("utf-8")).ids, np.int32)
+def length_faults(length: int, cfg: ModelConfig) -> list[str]:
+    most = cfg.max_position_embeddings
+    return [f"--length: expected at most {most} (max_position_embeddings), found {length}"] if length > most else []
 
 
-def text_faults(text: Path, tokens: np.ndarray, length: int, cfg: ModelConfig) -> list[str]:
-    faults = []
-    if len(tokens) <= length:
-        faults.append(f"{text}: expected more than {length} tokens (--length), found {len(tokens)}")
-    if length > cfg.max_position_embeddings:
-        faults.append(f"--length: expected at most {cfg.max_position_embeddings} (max_position_embeddings), found {length}")
-    if len(tokens) and tokens.max() >= cfg.vocab_size:
-        faults.append(f"{text}: expected tokens from 0 to {cfg.vocab_size - 1}, found {tokens.max()}; is it that tokenizer?")
-    return faults
+def option_faults(batch: int, accumulate: int, balance: float, remat: str, best: bool, held: Data | None) -> list[str]:
+    """Of options beside one another."""
+    found = []
+    if batch % accumulate:
+        found.append(f"--accumulate: expected a number that divides --batch {batch}, found {accumulate}")
+    if balance and remat != "none":
+        found.append(f"--balance: expected --remat none beside it, which keeps what the router said, found {remat}")
+    if best and held is None:
+        found.append("--best: expected --eval beside it, to know which is, found none")
+    return found
 
 
-def check_rules(cfg: ModelConfig, lora: tuple[str, ...], rank: int, chosen: str) -> None:
+def check_rules(cfg: ModelConfig, lora: tuple[str, ...], rank: int, chosen: str, freeze: str | None = None) -> None:
     """Raise for rules that match nothing, on a model without values."""
     model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
     if lora:
         select(model, lora, rank)
+        if freeze is not None:
+            raise InputError("--freeze: expected --train, of which it takes away, found --lora, which trains no parameter")
     elif not nnx.to_flat_state(nnx.state(model, Matching(chosen))):
         raise InputError(f"--train {chosen!r}: expected to match a parameter such as norm.scale, found none")
+    elif freeze is not None and len(nnx.to_flat_state(nnx.state(model, Matching(chosen, freeze)))) in (
+        0,
+        len(nnx.to_flat_state(nnx.state(model, Matching(chosen)))),
+    ):
+        raise InputError(f"--freeze {freeze!r}: expected to match some of what --train {chosen!r} does, found all or none")
 
 
-def batch_of(tokens: np.ndarray, step: int, batch: int, length: int) -> np.ndarray:
-    """int32 [batch, length + 1]: windows of the text. The step alone decides which, so a resumed run sees the same ones."""
-    starts = np.random.default_rng(step).integers(0, len(tokens) - length, batch)
-    return np.stack([tokens[start : start + length + 1] for start in starts])
+def converted(src: Path, base: Path, dtype: str) -> None:
+    """`base`, each process having converted its share.
 
-
-def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
-    total, count = cross_entropy(model, tokens)
-    return total / count
-
-
-def optimizer(rate: float) -> optax.GradientTransformation:
-    schedule = optax.linear_schedule(rate / 10, rate, transition_steps=10)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-
-
-def step_of(graphdef: nnx.GraphDef, descent: optax.GradientTransformation):
-    """A step of training, to be compiled: params, moments, frozen, tokens -> params, moments, loss."""
-
-    def step(params, moments, frozen, tokens):
-        loss, grads = jax.value_and_grad(lambda params: loss_fn(nnx.merge(graphdef, params, frozen), tokens))(params)
-        updates, moments = descent.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
-
-    return step
-
-
-def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:
-    """The state of a step, placed as `now` is; of runs begun when LoRA parameters had other names, too."""
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, now)
-    tree = ocp.PyTreeCheckpointHandler().metadata((directory / "default").absolute()).tree  # type: ignore[arg-type]
-    before = any("lora_a" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
-
-    def renamed(rename, tree):
-        states = lambda node: isinstance(node, nnx.State)  # noqa: E731
-        return jax.tree.map(lambda node: rename(node) if states(node) else node, tree, is_leaf=states)
-
-    if not before:
-        return manager.restore(step, args=ocp.args.StandardRestore(like))
-    return renamed(named_now, manager.restore(step, args=ocp.args.StandardRestore(renamed(named_before, like))))
-
-
-def train(model: Transformer, trained, batches, steps: int, rate: float, mesh: jax.sharding.Mesh, state: Path, every: int):
-    """The model after `steps` steps of Adam on `batches(step)`; its state is kept in `state`, and taken up from there."""
-    descent = optimizer(rate)
-    graphdef, params, frozen = nnx.split(model, trained, ...)
-    everywhere = jax.NamedSharding(mesh, jax.P())  # the optimizer's step counts; its moments are where the parameters are
-    moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
-
-    # What comes out of a step is placed as what went in; frozen parameters go in only.
-    placed = jax.tree.map(lambda a: a.sharding, (params, moments))
-    train_step = jax.jit(step_of(graphdef, descent), donate_argnums=(0, 1), out_shardings=(*placed, None))
-
-    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=1)
-    with ocp.CheckpointManager(state.absolute(), options=options) as manager, jax.set_mesh(mesh):
-        done = manager.latest_step() or 0
-        if done > steps:
-            raise InputError(f"--steps: expected {done} or more, which {state.parent} has done already, found {steps}")
-        if done:
-            restored = restore_step(manager, state / str(done), done, {"params": params, "moments": moments})
-            params, moments = restored["params"], restored["moments"]
-            click.echo(f"resumed after step {done}")
-        start = time.perf_counter()
-        for step in range(done + 1, steps + 1):
-            tokens = batches(step)
-            params, moments, loss = train_step(params, moments, frozen, tokens)
-            if step == done + 1:  # which is compiled first
-                click.echo(f"step {step:5}   loss {float(loss):.4f}   {time.perf_counter() - start:.1f} s, compiling included")
-                start = time.perf_counter()
-            elif step % 10 == 0 or step == steps:
-                loss = float(loss)  # waits for it
-                speed = (step - done - 1) * tokens[:, 1:].size / (time.perf_counter() - start)
-                click.echo(f"step {step:5}   loss {loss:.4f}   {speed:,.0f} tokens/s")
-            manager.save(step, args=ocp.args.StandardSave({"params": params, "moments": moments}), force=step == steps)
-        manager.wait_until_finished()
-    return nnx.merge(graphdef, params, frozen)
+    Of several, in a child: where JAX knows other processes Orbax waits for all of them, and shares end at different times.
+    """
+    count = jax.process_count()
+    if count == 1:
+        convert(src, base, dtype=dtype)
+        return
+    share = ["--dtype", dtype, "--process", f"{jax.process_index() + 1}/{count}"]
+    done = subprocess.run([sys.executable, "-m", "converter", str(src), str(base), *share], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # it has said why
+    while not is_orbax(base):  # another process finishes it
+        time.sleep(0.1)
 
 
 def save(model: Transformer, base: Path, out: Path) -> None:
     """The result, beside what a reader needs to use it. Written aside and renamed: it is whole or not there."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, first = out.with_name(f"{out.name}.partial"), jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+    together("clear")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute(), nnx.state(model))
-    (partial / "trained.json").write_text(json.dumps({"base": str(base.resolve())}))  # whose bytes an export may keep
-    for file in base.iterdir():
-        if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
-            shutil.copy2(file, partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    if first:
+        (partial / "trained.json").write_text(json.dumps({"base": str(base.resolve())}))  # whose bytes an export may keep
+        for file in base.iterdir():
+            if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
+                shutil.copy2(file, partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    together("saved")
+
+
+def together(name: str) -> None:
+    """No process goes on before all are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def say(line: str) -> None:
+    """By one process of all."""
+    if jax.process_index() == 0:
+        click.echo(line)
 
 
 def pattern(_context, _option, value):
     """A click callback: regular expressions only."""
-    for text in [value] if isinstance(value, str) else value:
+    for text in [value] if isinstance(value, str) else value or ():
         try:
             re.compile(text)
         except re.error as e:
@@ -235,7 +203,21 @@ def pattern(_context, _option, value):
     return value
 
 
+def initialize(_context, _option, text: str | None) -> None:
+    """Before anything asks JAX for its devices."""
+    if text is None:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without accelerators
+    if text == "auto":
+        return jax.distributed.initialize()
+    found = re.fullmatch(r"(.+:\d+),([1-9]\d*)/([1-9]\d*)", text)
+    if not found or int(found[2]) > int(found[3]):
+        raise click.BadParameter(f"expected auto or HOST:PORT,I/N with I from 1 to N, found {text!r}")
+    jax.distributed.initialize(found[1], int(found[3]), int(found[2]) - 1)
+
+
 AT_LEAST_1 = click.IntRange(min=1)
+SHARE = click.FloatRange(min=0)
 
 
 @click.command(help=(__doc__ or "").replace("\\b", "\b"))
@@ -246,17 +228,38 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
 @click.option("--rank", default=16, show_default=True, type=AT_LEAST_1, help="Of the LoRA updates.")
 @click.option("--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora.")
+@click.option("--freeze", metavar="REGEX", callback=pattern, help="Of the parameters of --train, not these: '.*router.*'.")
 @click.option("--steps", default=100, show_default=True, type=AT_LEAST_1)
-@click.option("--save-every", default=50, show_default=True, type=AT_LEAST_1)
-@click.option("--batch", default=8, show_default=True, type=AT_LEAST_1)
+@click.option("--batch", default=8, show_default=True, type=AT_LEAST_1, help="Rows a step.")
+@click.option("--accumulate", default=1, show_default=True, type=AT_LEAST_1, help="Compute a batch in so many parts.")
 @click.option("--length", default=256, show_default=True, type=AT_LEAST_1, help="Tokens a row.")
 @click.option("--learning-rate", default=1e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
+@click.option("--warmup", default=10, show_default=True, type=click.IntRange(min=0), help="Steps up to the learning rate.")
+@click.option("--schedule", "shape", type=click.Choice(SCHEDULES), default="constant", show_default=True, help="After these.")
+@click.option(
+    "--clip", default=1.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="The gradient's norm."
+)
+@click.option("--weight-decay", default=0.0, show_default=True, type=SHARE, help="Of matrices (AdamW).")
+@click.option("--balance", default=0.0, show_default=True, type=SHARE, help="Weight of a loss that evens the experts' load.")
+@click.option("--eval", "held_out", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Like TEXT, held out.")
+@click.option("--save-every", default=50, show_default=True, type=AT_LEAST_1, help="Steps; --eval is looked at then, too.")
+@click.option("--keep", default=1, show_default=True, type=AT_LEAST_1, help="Of the steps saved, the last so many.")
+@click.option("--best", is_flag=True, help="RUN/model is of the saved step whose loss on --eval is the lowest.")
 @click.option("--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--experts-qat", type=click.Choice(["best", "ocp", "ceil"]), help="Train for an export with this --quantizer.")
 @click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
+@click.option(
+    "--distributed",
+    metavar="auto|HOST:PORT,I/N",
+    is_eager=True,
+    expose_value=False,
+    callback=initialize,
+    help="One of several processes: of a TPU pod or Slurm, or the I-th of N, the first of which is at HOST:PORT.",
+)
 def main(
-    src, text, run, mesh, lora, rank, chosen, steps, save_every, batch, length, learning_rate, compute, experts_qat, remat
-):
+    src, text, run, mesh, lora, rank, chosen, freeze, steps, batch, accumulate, length, learning_rate, warmup, shape, clip,
+    weight_decay, balance, held_out, save_every, keep, best, compute, experts_qat, remat,
+):  # fmt: skip
     devices = make_mesh(mesh)
     src = hub.local(src)  # OWNER/NAME: from the Hugging Face hub
     source = None if is_orbax(src) else Checkpoint(src)
@@ -267,37 +270,58 @@ def main(
     cfg = dataclasses.replace(
         cfg, dtype=np.dtype(compute), remat=remat, param_dtype=None if lora else "float32", experts_qat=experts_qat
     )
-    check_rules(cfg, lora, rank, chosen)
-    tokens = tokenize(text, src)
+    check_rules(cfg, lora, rank, chosen, freeze)
+    note_file, began = run / "run.json", datetime.date.today().isoformat()
+    if note_file.exists():
+        began = json.loads(note_file.read_text()).get("began", began)  # a template may ask for the date
+    day = datetime.date.fromisoformat(began)
+    data = Data(text, src, batch, length, day)
+    held = None if held_out is None else Data(held_out, src, batch, length, day)
+    how = Training(steps, learning_rate, warmup, shape, clip, weight_decay, accumulate, balance, save_every, keep, best)
     what = {"source": str(src.resolve()), "text": str(text.resolve()), "lora": list(lora), "rank": rank, "train": chosen}
-    how = {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute, "experts_qat": experts_qat}
-    raise_all([*text_faults(text, tokens, length, cfg), *differences(run / "run.json", what | how)])
+    what |= {"batch": batch, "length": length, "learning_rate": learning_rate, "compute": compute, "experts_qat": experts_qat}
+    more = {
+        "freeze": (freeze, None), "accumulate": (accumulate, 1), "warmup": (warmup, 10), "schedule": (shape, "constant"),
+        "clip": (clip, 1.0), "weight_decay": (weight_decay, 0.0), "balance": (balance, 0.0),
+        "steps": (None if shape == "constant" else steps, None),  # which a rate that falls depends on
+    }  # fmt: skip
+    what |= {name: value for name, (value, usual) in more.items() if value != usual}
+    raise_all(
+        [
+            *length_faults(length, cfg),
+            *option_faults(batch, accumulate, balance, remat, best, held),
+            *data.faults(cfg),
+            *([] if held is None else held.faults(cfg)),
+            *differences(note_file, what, {name: usual for name, (_, usual) in more.items()}),
+        ]
+    )
 
-    note(run / "run.json", what | how)
+    if jax.process_index() == 0:
+        note(note_file, what | {"began": began})
     with resumable():
         base = src if source is None else run / "base"
         if not is_orbax(base):
-            convert(src, base, dtype="mxfp4" if source is not None and source.layout.packed else "bfloat16")
+            dtype = "mxfp4" if source is not None and source.layout.packed else "bfloat16"
+            converted(src, base, dtype)
         model = create_model_from_checkpoint(base, cfg, devices)
         if lora:
             names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
         else:
-            names, trained = [path for path, _ in nnx.to_flat_state(nnx.state(model, Matching(chosen)))], Matching(chosen)
+            trained = Matching(chosen, freeze)
+            names = [path for path, _ in nnx.to_flat_state(nnx.state(model, trained))]
         count = sum(a.size for a in jax.tree.leaves(nnx.state(model, trained)))
-        click.echo(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(devices.shape)}")
+        say(str(data))
+        say(f"{len(names)} {'modules' if lora else 'parameters'}, {count:,} values trained on {dict(devices.shape)}")
 
-        def batches(step: int) -> np.ndarray:
-            return batch_of(tokens, step, batch, length)
-
-        model = train(model, trained, batches, steps, learning_rate, devices, run / "steps", save_every)
+        model = train(model, trained, data, held, how, devices, run, say)
         if lora:
             save_lora(model, run / "lora", lora)
-            click.echo(f"updates: {run / 'lora'}")
+            say(f"updates: {run / 'lora'}")
             if model.cfg.param_dtype == "mxfp4" and any(str(name).endswith(("gate_up", "down")) for name in names):
                 return  # packed experts cannot take theirs
             merge_lora(model)
         save(model, base, run / "model")
-        click.echo(f"model: {run / 'model'}")
+        say(f"model: {run / 'model'}")
 
 
 @contextlib.contextmanager

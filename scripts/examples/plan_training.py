@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # asked for where there is no TPU
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -29,33 +29,20 @@ import click
 import jax
 import numpy as np
 from collectives import Collective, collectives
-from finetune import Matching, optimizer, pattern, step_of
+from finetune import Matching, pattern
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oss_model import InputError, ModelConfig, add_lora
-from oss_model.config import SLIDING
 from oss_model.exits import run_click
 from oss_model.memory import size
 from oss_model.params import abstract_model
 from oss_model.scanned import scanned
 from oss_model.sharding import activation_spec, check
+from oss_model.training import Batch, optimizer, train_step
+from oss_model.training.costs import CHIPS, Chip, flops
 
-
-class Chip(NamedTuple):
-    """Published figures of one chip: https://cloud.google.com/tpu/docs/v5p, /v5e, /v6e (November 2026)."""
-
-    flops: float  # a second, bfloat16
-    memory: float  # bytes
-    bandwidth: float  # of it, bytes a second
-    network: float  # between chips, bytes a second, all links together
-
-
-CHIPS = {
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
-}
+TPUS = ("v5p", "v5e", "v6e")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,32 +79,6 @@ class Cost:
     cpu_seconds: float = 0.0
 
 
-def flops(cfg: ModelConfig, batch: int, length: int, *, lora: bool = False, dense: bool = False) -> dict[str, float]:
-    """Of a step, two a multiplication, by what is multiplied; softmax, norms and the like are left out.
-
-    Forward once, backward twice as much (once where weights are frozen), and layers forward again where `cfg.remat` is "block".
-
-    Args:
-      dense: count attention as if each token saw all of its row; else those it sees.
-    """
-    h, heads, kv = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
-    window, layers = min(cfg.sliding_window, length), cfg.num_hidden_layers
-    seen = {False: length * (length + 1) / 2, True: window * (window + 1) / 2 + (length - window) * window}
-    pairs = sum(length**2 if dense else seen[kind == SLIDING] for kind in cfg.layer_types)
-    tokens = batch * length
-    forward = {
-        "attention maps": layers * tokens * 4 * h * (heads + kv),
-        "attention": batch * pairs * 4 * heads,
-        "experts": layers * tokens * h * (6 * cfg.intermediate_size * cfg.num_experts_per_tok + 2 * cfg.num_experts),
-        "vocabulary": tokens * 2 * h * cfg.vocab_size,
-    }
-    again = {"none": 0, "mlp": 0, "block": 1}[cfg.remat]
-    times = {name: 1 + (1 if lora and name != "attention" else 2) + (again if name != "vocabulary" else 1) for name in forward}
-    if cfg.remat == "mlp":
-        times["experts"] += 1
-    return {name: float(count * times[name]) for name, count in forward.items()}
-
-
 def devices_of(topology: str) -> list[Any]:
     """Of `cpu:8`, or of a TPU topology such as v5p:2x2x2."""
     kind, _, shape = topology.partition(":")
@@ -125,8 +86,8 @@ def devices_of(topology: str) -> list[Any]:
         if not shape.isdigit() or int(shape) > len(jax.devices("cpu")):
             raise InputError(f"--topology: expected cpu:N of at most {len(jax.devices('cpu'))} devices, found {topology!r}")
         return jax.devices("cpu")[: int(shape)]
-    if kind not in CHIPS:
-        raise InputError(f"--topology: expected cpu:N or one of {', '.join(CHIPS)} such as v5p:2x2x2, found {topology!r}")
+    if kind not in TPUS:
+        raise InputError(f"--topology: expected cpu:N or one of {', '.join(TPUS)} such as v5p:2x2x2, found {topology!r}")
     from jax.experimental import topologies
 
     try:
@@ -172,9 +133,9 @@ def cost(plan: Plan) -> Cost:
     placed = jax.tree.map(lambda a: a.sharding, (params, moments))
     start, cpu = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
-        step = jax.jit(step_of(graphdef, descent), donate_argnums=(0, 1), out_shardings=(*placed, None))
+        step = jax.jit(train_step(graphdef, descent), donate_argnums=(0, 1), out_shardings=(*placed, None))
         try:
-            compiled = step.lower(params, moments, frozen, tokens).compile()
+            compiled = step.lower(params, moments, frozen, Batch(tokens)).compile()  # type: ignore[arg-type]
         except jax.errors.JaxRuntimeError as error:
             return Cost(_used(error, _nbytes((params, moments, frozen))))
     memory, total = compiled.memory_analysis(), sum(flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora)).values())
