@@ -125,7 +125,7 @@ def _convert_oss(
 
     \b
         convert-oss openai/gpt-oss-20b gpt-oss-20b-orbax
-        convert-oss gpt-oss-20b-orbax served --to hf
+        convert-oss gpt-oss-20b-packed served --to hf
         convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b
     """
 

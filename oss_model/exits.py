@@ -54,7 +54,10 @@ def run_click(command: Any, name: str, argv: Sequence[str] | None = None) -> int
     Args:
       name: of the command, as people type it.
       argv: its arguments; those of the process if None.
+
+    Where a shell asks for completion (docs/commands.md), that is answered, and the process ends.
     """
+    command._main_shell_completion({}, name)  # of `click.Command.main`, which ends in exit codes of its own
 
     def run() -> int | None:
         arguments = list(sys.argv[1:] if argv is None else argv)
