@@ -203,6 +203,6 @@ def fail_after(monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """Files that take longest first (scripts/test hands them out in this order): none is left over for one process."""
-    longest = ("parity_faults", "oss_model_processes", "readme", "finetune", "parity_arms", "parity_diagnosis", "parity_memory")
+    longest = ("parity_faults", "oss_model_processes", "docs", "finetune", "parity_arms", "parity_diagnosis", "parity_memory")
     order = {f"test_{name}": n for n, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
