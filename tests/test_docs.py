@@ -8,7 +8,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from click import Context
 from pages import COMMANDS, PROGRAM, ROOT, pages, pieces, run
 from test_commands import COMMANDS as CLICK
 
@@ -37,6 +36,8 @@ ELSEWHERE = {
     "./scripts/readers": (".ci/run", "./scripts/readers"),
     "./scripts/tunix": (".ci/run", "./scripts/tunix"),
     'eval "$(_': ("tests/test_completion.py", "bash_source"),
+    "pipx install .": ("scripts/wheel", "pipx install"),
+    "uvx --from . convert-oss SRC DST": ("scripts/wheel", "uvx --quiet"),
     "pip install ": ("scripts/_venv.sh", "pip install"),
     "check-parity --self-test --json F": ("tests/test_parity_faults.py", "self_test("),
     "check-parity --self-test": ("tests/test_parity_faults.py", "self_test("),
@@ -237,7 +238,7 @@ def test_every_option_of_what_is_not_run_exists():
         if not piece.is_command or not listed(piece.text, NOT_RUN | ELSEWHERE):
             continue
         if words[0] in COMMANDS:
-            known = {name for option in CLICK[words[0]].get_params(Context(CLICK[words[0]])) for name in option.opts}
+            known = {name for option in CLICK[words[0]].params for name in option.opts}
             assert given <= known, piece.text
         elif script := next((word for word in words if word.endswith(".py")), None):
             assert all(f'"{option}"' in (ROOT / script).read_text(encoding="utf-8") for option in given), piece.text
