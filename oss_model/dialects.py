@@ -9,6 +9,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from oss_model.buckets import path_of
 from oss_model.config import CAST, TYPES, ModelConfig, type_fault
 from oss_model.errors import InputError, raise_all
 from oss_model.files import parse_json
@@ -28,18 +29,17 @@ def read(source: "str | os.PathLike | Mapping[str, Any]", ignore: Collection[str
     """
     if isinstance(source, Mapping):
         return _fields(dict(source), "config.json", ignore)
-    where = os.fspath(source)
-    where = os.path.join(where, "config.json") if os.path.isdir(where) else where
+    path = path_of(source)
+    where = path / "config.json" if path.is_dir() else path
     try:
-        with open(where, encoding="utf-8") as f:
-            data = parse_json(f.read())
+        data = parse_json(where.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{where}: expected a gpt-oss config.json, found no file") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{where}: expected a JSON object, found something unreadable ({e})") from None
     if not isinstance(data, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(data).__name__}")
-    return _fields(data, where, ignore)
+    return _fields(data, str(where), ignore)
 
 
 def write(cfg: ModelConfig, dialect: str) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def system_error(error: BaseException, where: str | None = None) -> CommandError
     return kind("; ".join(found) if where is None else f"{where}: {'; '.join(found)}")
 
 
+_BY_ITS_TOOL = "of these gs:// alone is read and written: copy it to a disk by a tool of its own, and give the directory"
+_BY_WAY_OF = {
+    "gs": "here none is taken, gs:// neither: `gcloud storage cp -r` it, and give the directory",
+    # tensorstore could; but Orbax 0.12 takes the address for a path that is not absolute.
+    "s3": "Orbax does not read s3://: mount the bucket (mountpoint-s3), or `aws s3 cp --recursive` it, and give the directory",
+}
+
+
 def local_path(text: str | os.PathLike) -> Path:
     """What is meant by a path: `file://` and a `~` that no shell has expanded are understood.
 
@@ -113,11 +121,7 @@ def local_path(text: str | os.PathLike) -> Path:
     if found.startswith("file:/"):
         found = unquote(re.sub(r"^file:/+", "/", found))
     elif scheme := re.match(r"([a-z][a-z0-9+.-]+):/", found):
-        tool = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}.get(scheme[1], "a tool of its own")
-        raise InputError(
-            f"{found}: expected a path on a disk, found an address; object stores are neither read nor written here yet:"
-            f" give a directory, and copy by `{tool}`"
-        )
+        raise InputError(f"{found}: expected a path on a disk, found an address; {_BY_WAY_OF.get(scheme[1], _BY_ITS_TOOL)}")
     return Path(found).expanduser() if found.startswith("~") else Path(found)
 
 

@@ -6,7 +6,6 @@ Sampling follows transformers: logits / temperature, then top_k, then top_p (arX
 import functools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from oss_model.buckets import path_of
 from oss_model.cache import EMPTY, Cache, grown, init_cache
 from oss_model.errors import InputError, raise_all
 from oss_model.files import parse_json
@@ -85,7 +85,7 @@ def eos_tokens(checkpoint_path: str | os.PathLike) -> tuple[int, ...]:
       InputError: if neither says.
     """
     for name in ("generation_config.json", "config.json"):
-        file = Path(checkpoint_path) / name
+        file = path_of(checkpoint_path) / name
         try:
             found = parse_json(file.read_text(encoding="utf-8")).get("eos_token_id")
         except FileNotFoundError:

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from oss_model.errors import Incomplete, InputError, local_path
+from oss_model.buckets import path_of
+from oss_model.errors import Incomplete, InputError
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -45,7 +46,7 @@ def local(text: str | Path, revision: str | None = None, subfolder: str | None =
         asked = [f"--{name}" for name, value in (("revision", revision), ("subfolder", subfolder)) if value is not None]
         if asked:
             raise InputError(f"{', '.join(asked)}: expected SRC to be a hub repository, OWNER/NAME, found {text}; leave it out")
-        return local_path(text)
+        return path_of(text)
     if subfolder is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
         raise InputError(f"--subfolder: expected a directory in the repository, such as original, found {subfolder!r}")
     need(text)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from oss_model import layouts, mxfp4
+from oss_model.buckets import path_of
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.layouts import parameter_name
@@ -75,7 +76,7 @@ class Loader:
     """
 
     def __init__(self, checkpoint_path: str | os.PathLike, cfg: ModelConfig | None = None, mesh: Mesh | None = None):
-        path = Path(checkpoint_path).absolute()
+        path = path_of(checkpoint_path).absolute()
         if not is_orbax(path) and not any(path.glob("*.safetensors")):
             raise not_a_checkpoint(path, safetensors=True)
         cfg = cfg or ModelConfig.from_json(path / "config.json")
@@ -135,7 +136,7 @@ class Loader:
 
 
 def is_orbax(path: str | os.PathLike) -> bool:
-    return (Path(path) / METADATA).is_file()
+    return (path_of(path) / METADATA).is_file()
 
 
 def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
@@ -163,7 +164,7 @@ def stored_parameters(path: str | os.PathLike) -> dict[str, tuple[tuple[int, ...
       InputError: if it is none, cannot be read, or its tree is not that of a model state.
       OutOfMemory: if memory ran out.
     """
-    path = Path(path).absolute()
+    path = path_of(path).absolute()
     if not is_orbax(path):
         raise not_a_checkpoint(path)
     if (arrays := open_arrays(path)) is not None:

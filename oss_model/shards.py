@@ -3,11 +3,13 @@
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -16,12 +18,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from oss_model import layouts
+from oss_model.buckets import FETCH_BYTES, GsPath, path_of
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
-from oss_model.files import parse_json, read_all
+from oss_model.files import OpenFile, parse_json
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "U8": np.dtype(np.uint8)}
+
+
+_HEADER_BYTES = 100_000_000  # that safetensors allows at the most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +52,9 @@ class Shards:
     """
 
     def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory)
+        self.directory = path_of(directory)
         self.tensors: dict[str, Tensor] = {}
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, OpenFile] = {}
         faults: list[str] = []
         weight_map = _read_index(self.directory / INDEX, faults)
         if weight_map is None:
@@ -100,23 +106,23 @@ class Shards:
         return out.view(_DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
 
     def _pread(self, file: Path, out: np.ndarray, offset: int) -> None:
-        fd = self._open.get(file)
-        if fd is None:
+        opened = self._open.get(file)
+        if opened is None:
             try:
-                mine = os.open(file, os.O_RDONLY)
+                mine = OpenFile(file)
             except OSError as e:
                 raise InputError(f"{file}: cannot be opened any more ({e.strerror}); it changed while it was read") from None
-            fd = self._open.setdefault(file, mine)
-            if fd != mine:  # another thread was faster
-                os.close(mine)
+            opened = self._open.setdefault(file, mine)
+            if opened is not mine:  # another thread was faster
+                mine.close()
         try:
-            read_all(fd, out, offset)
+            opened.fill(out, offset)
         except EOFError as e:
             raise InputError(f"{file}: {e}; it changed while it was read") from None
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def __enter__(self) -> "Shards":
         return self
@@ -137,7 +143,7 @@ class Checkpoint:
         Raises:
           InputError: naming every fault of config.json, the files, and the tensors' names, shapes and dtypes.
         """
-        self.directory = Path(directory)
+        self.directory = path_of(directory)
         if not self.directory.is_dir():
             found = "a file" if self.directory.exists() else "nothing"
             raise InputError(f"{self.directory}: expected a directory of safetensors files, found {found}")
@@ -176,7 +182,10 @@ class Checkpoint:
 
     def together(self, entry: layouts.Entry) -> int:
         """How many rows of its tensor's first axis are read at once, whether they are asked for or not."""
-        return 1
+        if not isinstance(self.directory, GsPath):
+            return 1
+        row = math.prod(entry.checkpoint_shape[1:]) * self.dtype(entry).itemsize
+        return max(1, min(entry.checkpoint_shape[0], FETCH_BYTES // row))
 
     def files_of(self, entry: layouts.Entry) -> list[Path]:
         """Those that the parameter of `entry` is in."""
@@ -235,11 +244,12 @@ def _is_beside(directory: Path, file: str) -> bool:
 
 def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor] | None:
     try:
-        with safe_open(file, framework="numpy"):
-            pass  # the library checks the header against itself and against the file's length
-        with open(file, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = parse_json(f.read(length))
+        with _here(file) as here:
+            with safe_open(here, framework="numpy"):
+                pass  # the library checks the header against itself and against the file's length
+            with open(here, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = parse_json(f.read(length))
     except (SafetensorError, OSError, ValueError) as e:
         faults.append(f"{file}: expected a whole safetensors file, found a truncated or damaged one ({e}). Download it again")
         return None
@@ -249,6 +259,24 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, Tensor] | None:
         begin, end = info["data_offsets"]
         tensors[name] = Tensor(file, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
     return tensors
+
+
+@contextlib.contextmanager
+def _here(file: Path) -> Iterator[Path]:
+    """The file; of an object a stand-in on the disk, of the same length, which is a hole but for the header."""
+    if not isinstance(file, GsPath):
+        yield file
+        return
+    opened, length = OpenFile(file), np.zeros(8, np.uint8)
+    opened.fill(length[: min(8, opened.size)], 0)
+    start = np.empty(min(opened.size, 8 + min(int.from_bytes(length.tobytes(), "little"), _HEADER_BYTES)), np.uint8)
+    opened.fill(start, 0)
+    with tempfile.TemporaryDirectory(prefix="convert-oss-") as scratch:
+        stand_in = Path(scratch) / file.name
+        with open(stand_in, "wb") as f:
+            f.write(start.data)
+            f.truncate(opened.size)
+        yield stand_in
 
 
 def _look_elsewhere(directory: Path) -> str:

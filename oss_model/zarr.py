@@ -5,13 +5,13 @@ form (compressed, cut otherwise, in one file a process) is Orbax's to read: `ope
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from oss_model.files import crc32c, parse_json, read_all
+from oss_model.errors import InputError
+from oss_model.files import OpenFile, crc32c, parse_json, read_each
 from oss_model.layouts import BFLOAT16, FLOAT32, UINT8
 from oss_model.mxfp4 import widen_into
 
@@ -36,21 +36,22 @@ class ChunkFile:
     """
 
     def __init__(self, path: Path, nbytes: int, offset: int | None = None):
+        self._at, self._crc, self._has_checksum = offset or 0, 0, offset is None
+        span = self._at, nbytes + (CHECKSUM_BYTES if offset is None else 0)
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = OpenFile(path, span)
         except FileNotFoundError:
             raise DamagedChunk("missing" if offset is None else f"{path.name} is missing") from None
-        self._at, self._crc, self._has_checksum = offset or 0, 0, offset is None
-        size, wanted = os.fstat(self._fd).st_size, nbytes + (CHECKSUM_BYTES if offset is None else offset)
+        size, wanted = self._file.size, sum(span)
         if size < wanted or (offset is None and size != wanted):
-            os.close(self._fd)
+            self._file.close()
             raise DamagedChunk(f"expected {wanted} bytes{'' if offset is None else f' of {path.name}, or more'}, found {size}")
 
     def __enter__(self) -> "ChunkFile":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def read(self, out: np.ndarray) -> None:
         """The next values, into `out` (uint8, flat)."""
@@ -73,7 +74,7 @@ class ChunkFile:
 
     def _fill(self, out: np.ndarray) -> None:
         try:
-            read_all(self._fd, out, self._at)
+            self._file.fill(out, self._at)
         except EOFError as e:
             raise OSError(f"file {e} while it was read") from None
         self._at += len(out)
@@ -163,19 +164,23 @@ def open_arrays(path: Path) -> dict[str, StoredArray] | None:
         metadata = parse_json((path / METADATA).read_bytes())
         if metadata["use_ocdbt"] or not metadata["use_zarr3"]:
             return None
-        found = {}
-        for entry in metadata["tree_metadata"].values():
-            if entry["value_metadata"]["skip_deserialize"]:
-                return None
-            name = ".".join(str(key["key"]) for key in entry["key_metadata"])
-            found[name] = _open(path / name)
+        entries = metadata["tree_metadata"].values()
+        if any(entry["value_metadata"]["skip_deserialize"] for entry in entries):
+            return None
+        names = [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
+        texts = read_each(path / name / "zarr.json" for name in names)
+        found = {name: _opened(path / name, text) for name, text in zip(names, texts, strict=True)}
+    except InputError:  # of a bucket that may not be read
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None  # Orbax says what is wrong
-    return None if None in found.values() else found
+    whole = {name: array for name, array in found.items() if array is not None}
+    return whole if len(whole) == len(found) else None
 
 
-def _open(directory: Path) -> StoredArray | None:
-    found = parse_json((directory / "zarr.json").read_bytes())
+def _opened(directory: Path, text: bytes) -> StoredArray | None:
+    """What its zarr.json says, if that is of our form."""
+    found = parse_json(text)
     shape, (rows, *_) = tuple(found["shape"]), found["chunk_grid"]["configuration"]["chunk_shape"]
     sizes = (*shape, rows)
     if not all(type(size) is int and size > 0 for size in sizes) or found["data_type"] not in DTYPES:
