@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from converter.destination import Destination
+from converter.destinations import destination_of
 from converter.form import noted_form
 from converter.job import Job, open_job
 from converter.manifest import FORMAT, file_hash, read_manifest, stored_target, tree_hash
@@ -15,7 +15,9 @@ from converter.progress import Counter, Progress
 from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
+from oss_model.buckets import path_of
 from oss_model.errors import InputError
+from oss_model.files import hashed_each
 
 
 @dataclasses.dataclass
@@ -45,7 +47,7 @@ def verify_checkpoint(
     Raises:
       InputError: if `dst` is no checkpoint of ours, or `src` no source.
     """
-    start, directory = time.perf_counter(), Path(dst)
+    start, directory = time.perf_counter(), path_of(dst)
     if not any((directory / name).exists() for name in (MANIFEST, *METADATA)):
         found = "another directory" if directory.is_dir() else "a file" if directory.exists() else "nothing"
         raise InputError(f"{directory}: expected a checkpoint written by convert-oss, found {found}")
@@ -69,7 +71,7 @@ def verify_checkpoint(
     return Audit(
         status="fail" if differences else "pass",
         checkpoint=str(directory.resolve()),
-        source=str(Path(src).resolve()) if src is not None else None,
+        source=str(path_of(src).resolve()) if src is not None else None,
         tensors=len(plan.targets),
         bytes_checked=plan.nbytes,
         differences=differences,
@@ -89,17 +91,17 @@ def _with_sources(plan: Plan, anew: Plan) -> Plan:
 def _files(directory: Path, manifest: dict) -> list[str]:
     """Files that are missing, changed, or should not be there; chunks are looked into by `_chunks`."""
     differences = []
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
+    found = hashed_each(directory / name for name in manifest["files"])
+    for (name, expected), there in zip(manifest["files"].items(), found, strict=True):
+        if there is None:
             differences.append(f"{directory}: {name}: missing; copy it again")
-        elif file_hash(path.read_bytes()) != expected:
+        elif there != expected:
             differences.append(f"{directory}: {name}: its bytes do not match their hash in {MANIFEST}; copy it again")
     for name, expected in manifest.get("shards", {}).items():
         path = directory / name
         if path.is_file() and _header_hash(path) != expected:  # a missing one is told with each of its tensors
             differences.append(f"{directory}: {name}: its header does not match its hash in {MANIFEST}; copy it again")
-    unknown = Destination(directory).unknown_files(manifest)
+    unknown = destination_of(directory).unknown_files(manifest)
     return differences + [f"{directory}: {name}: not in {MANIFEST}; move it away" for name in unknown]
 
 

@@ -13,6 +13,7 @@ import click
 from click_option_group import optgroup
 
 from oss_model import hub
+from oss_model.buckets import GsPath, path_of
 from oss_model.errors import InputError, file_faults, local_path, place_faults, raise_all
 from oss_model.exits import ending, run_click
 
@@ -149,7 +150,7 @@ def _convert_oss(
             unusable = dry_run or overwrite or process != (1, 1) or max_memory or repository
             return _convert_adapter(source, destination, form, unusable, output, quiet)
         form.pop("base")
-        dst = _usable(src, destination)
+        dst = _usable(src, destination, form["to"], overwrite)
         memory = None if max_memory is None else parse_size(max_memory, "--max-memory")
         make_form(**{name: value for name, value in form.items() if name != "tokenizer"})
         if repository is not None and not dry_run:
@@ -165,7 +166,7 @@ def _convert_oss(
                 click.echo(describe(found))
             return 0
         from converter.conversion import convert
-        from converter.destination import Destination
+        from converter.destinations import destination_of
         from converter.progress import progress_bar
 
         options = {"overwrite": overwrite, "verify": not no_verify, "max_memory": memory, "process": process}
@@ -173,8 +174,8 @@ def _convert_oss(
             with progress_bar(quiet) as progress:
                 result = convert(found_at, dst, **form, progress=progress, **options)
         except KeyboardInterrupt:
-            partial = Destination(dst).partial
-            where = f" in {partial}" if partial.is_dir() else ""
+            kept = destination_of(dst).kept_in()
+            where = f" in {kept}" if kept else ""
             raise KeyboardInterrupt(f"what is written is kept{where}: run the same command again to go on") from None
         address = None
         if repository is not None and result.status != "share-written":
@@ -211,11 +212,16 @@ def _convert_adapter(
     return 0
 
 
-def _usable(src: str, destination: str) -> Path:
+def _usable(src: str, destination: str, to: str, overwrite: bool) -> Path:
     """DST, by a name of its own (`.` has none). A place that cannot be used is found here, with all that is wrong with SRC."""
     from converter.source import open_checkpoint
 
-    dst = local_path(destination)
+    dst = path_of(destination)
+    if isinstance(dst, GsPath):
+        from converter.destinations import refuse
+
+        refuse(dst, to, overwrite)
+        return dst
     if dst.name in ("", ".."):
         dst = Path(os.path.realpath(dst))
     root = f"{dst}: expected a new or empty directory, found the root of the file system; give another name"
@@ -274,7 +280,7 @@ def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbos
 
         with progress_bar(quiet) as progress:
             source = None if src is None else hub.local(src, revision, subfolder)
-            found = verify_checkpoint(local_path(dst), source, progress=progress)
+            found = verify_checkpoint(path_of(dst), source, progress=progress)
         for line in found.differences:
             click.echo(f"error: {line}", err=True)
         if not output.give(dataclasses.asdict(found)) and not quiet and not found.differences:

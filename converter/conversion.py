@@ -5,23 +5,23 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from converter.destination import Destination
+from converter.destinations import destination_of, refuse
+from converter.ends import Destination, Noted
 from converter.errors import Different, Incomplete
 from converter.finished import is_complete
 from converter.form import Form, make_form
 from converter.job import Job, open_job
-from converter.journal import Hashes, Journal
+from converter.journal import Hashes
 from converter.manifest import make_manifest, read_finished
 from converter.plan import Chunk
 from converter.preflight import Needs, measure
 from converter.progress import Counter, Progress
-from converter.sinks import sink_of
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer
-from converter.workspace import Workspace
+from oss_model.buckets import path_of
 from oss_model.errors import InputError, meaning, system_error
 from oss_model.memory import peak_rss
 
@@ -101,21 +101,21 @@ def convert(
     form = make_form(to, dtype, quantizer, like, merge, ignore_config_key)
     if not 1 <= process[0] <= process[1]:
         raise InputError(f"process: expected I/N with I from 1 to N, found {process[0]}/{process[1]}")
-    destination = Destination(dst)
+    destination = destination_of(path_of(dst), process)
+    refuse(destination.path, form.to, overwrite)
     with open_job(src, form, tokenizer) as job, interruptible() as stop:
         source, plan = job.source, job.plan
-        workspace = Workspace(destination.partial, process)
-        run = Run(job, workspace, progress, stop)
+        run = Run(job, destination, progress, stop)
         try:
-            status, verified = run.to_its_end(destination, overwrite, verify, max_memory)
+            status, verified = run.to_its_end(overwrite, verify, max_memory)
         except OSError as error:
-            raise _incomplete(error, workspace) from error
+            raise _incomplete(error, destination) from error
         finally:
-            workspace.leave()
+            destination.leave()
     return Result(
         status=status,
-        source=str(Path(src).resolve()),
-        destination=str(Path(dst).resolve()),
+        source=str(path_of(src).resolve()),
+        destination=str(destination.path.resolve()),
         source_layout=source.layout.name,
         dtype=form.dtype,
         tensors=len(plan.targets),
@@ -127,7 +127,7 @@ def convert(
         verified=verified,
         to=form.to,
         quantization=quantization_of(destination.path, form) if any(t.parts[0].is_quantized for t in plan.targets) else None,
-        notes=job.notes,
+        notes=[*job.notes, *destination.notes],
     )
 
 
@@ -143,16 +143,16 @@ def quantization_of(directory: Path, form: Form) -> dict | None:
 class Run:
     """One process's work on one conversion."""
 
-    def __init__(self, job: Job, workspace: Workspace, progress: Callable[[Progress], None], stop: threading.Event):
-        self.job, self.plan, self.workspace, self.stop = job, job.plan, workspace, stop
-        self.sink = sink_of(workspace.checkpoint, job.plan)
+    def __init__(self, job: Job, destination: Destination, progress: Callable[[Progress], None], stop: threading.Event):
+        self.job, self.plan, self.destination, self.stop = job, job.plan, destination, stop
+        self.sink = destination.sink(job.plan)
         self.needs = Needs(0, 0, 0, 1)
         self.bytes_read = self.bytes_written = self.kept = 0
         self._progress = progress
 
-    def to_its_end(self, destination: Destination, overwrite: bool, verify: bool, max_memory: int | None) -> tuple[str, bool]:
+    def to_its_end(self, overwrite: bool, verify: bool, max_memory: int | None) -> tuple[str, bool]:
         """Do all that is left to do. Returns the status, and whether the checkpoint was verified."""
-        before, source = self.job.before, self.job.source
+        before, source, destination = self.job.before, self.job.source, self.destination
 
         def is_there() -> bool:
             """Whether there is nothing to do; another process may see to that at any time."""
@@ -160,36 +160,34 @@ class Run:
                 return False
             return is_complete(destination.path, source, self.plan, before, self._progress, self.stop)
 
-        if destination.take_up(self.workspace) and (read_finished(destination.path) or {}).get("fingerprint") == before:
+        if destination.take_up() and (read_finished(destination.path) or {}).get("fingerprint") == before:
             return "resumed", False
         if is_there():
             return "already-complete", False
         destination.check(source.directory, overwrite)
-        self.workspace.check()
         self.sink.load()  # before memory is measured, for it is most of it
-        self.needs = measure(source, self.plan, self.sink, self.workspace.checkpoint, max_memory)
-        self.workspace.lock()
+        self.needs = measure(source, self.plan, self.sink, destination.checkpoint, max_memory)
+        destination.lock(before)
         if is_there():
             return "already-complete", False
         destination.check(source.directory, overwrite)
-        self.workspace.begin(before, restart=overwrite)
+        destination.begin(before, restart=overwrite)
         if self.stream():
             self.finish(verify)
-            destination.check(source.directory, overwrite)  # once more: that may have taken hours
-            destination.finish(self.workspace)
-        if self.workspace.checkpoint.exists():  # neither this process has finished, nor another
+            destination.finish(source.directory, overwrite)
+        if destination.is_pending():  # neither this process has finished, nor another
             return "share-written", False
         return "resumed" if self.kept else "complete", verify
 
     def stream(self) -> bool:
         """Write this process's share of the chunks that are not there yet. Returns whether it is to finish."""
-        index, count = self.workspace.process
+        index, count = self.destination.process
         units = self.plan.units[index - 1 :: count]
         share = [chunk for unit in units for chunk in unit]
         whole = self._whole(share)
         self.kept = len(whole)
         todo = [left for unit in units if (left := tuple(chunk for chunk in unit if chunk.path not in whole))]
-        if todo and not self.workspace.reopen_share():
+        if todo and not self.destination.reopen_share():
             return False
         show = Counter("converting", share, self._progress)
         for chunk in share:
@@ -197,12 +195,12 @@ class Run:
                 show.add(chunk)
         self._write(todo, show)
         self.sink.settle_names(share)
-        return self.workspace.share_done()
+        return self.destination.share_done()
 
     def finish(self, verify: bool) -> None:
         """Write everything that is not a chunk, what makes the checkpoint complete last, and wait for the disk."""
         self._fill_gaps()
-        job, directory, hashes = self.job, self.workspace.checkpoint, self.workspace.journaled()
+        job, directory, hashes = self.job, self.destination.checkpoint, self.destination.journaled()
         if job.fingerprint() != job.before:
             raise InputError(f"{job.source.directory}: changed while it was read; leave it alone and convert again")
         self.sink.describe(self.plan, job.companions, job.config)
@@ -212,12 +210,12 @@ class Run:
 
     def _fill_gaps(self) -> None:
         """Write what is missing of any share, although it was called done: a power loss, or a hand, may have taken it."""
-        hashes = self.workspace.journaled()
+        hashes = self.destination.journaled()
         gaps = [chunk for chunk in self.plan.chunks if chunk.path not in hashes or not self.sink.is_whole(chunk)]
         self._write([(chunk,) for chunk in gaps], Counter("converting", gaps, self._progress))
 
     def _write(self, units: list[tuple[Chunk, ...]], show: Counter) -> None:
-        with contextlib.closing(self.workspace.journal()) as journal:
+        with contextlib.closing(self.destination.journal()) as journal:
             for unit, nbytes in in_threads(lambda: self._writer(journal), units, self.needs.workers, self.stop):
                 self.bytes_read += nbytes
                 for chunk in unit:
@@ -228,7 +226,7 @@ class Run:
             journal.sync()
         stop_here(self.stop)
 
-    def _writer(self, journal: Journal) -> Callable[[tuple[Chunk, ...]], tuple[tuple[Chunk, ...], int]]:
+    def _writer(self, journal: Noted) -> Callable[[tuple[Chunk, ...]], tuple[tuple[Chunk, ...], int]]:
         reader = self.job.reader()
 
         def write(unit: tuple[Chunk, ...]) -> tuple[tuple[Chunk, ...], int]:
@@ -243,7 +241,7 @@ class Run:
 
     def _whole(self, share: list[Chunk]) -> set[str]:
         """Paths of the chunks that an earlier run has noted, read back: a power loss may have taken what was there."""
-        journaled = self.workspace.journaled()
+        journaled = self.destination.journaled()
 
         def checker():
             buffer = check_buffer()
@@ -266,7 +264,7 @@ class Run:
         stop_here(self.stop)
         return whole
 
-    def _verify(self, hashes: dict[str, Hashes]) -> None:
+    def _verify(self, hashes: Mapping[str, Hashes]) -> None:
         def checker():
             reader, buffer = self.job.reader(), check_buffer()
 
@@ -277,7 +275,7 @@ class Run:
                 digest, line = self.sink.check(chunk, reader.pieces(chunk), buffer)
                 if line is None and digest != hashes[chunk.path].stored:
                     return (
-                        f"{self.workspace.checkpoint}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
+                        f"{self.destination.checkpoint}: {chunk.target.name}: {chunk.path}: its hash has changed; convert again"
                     )
                 return line
 
@@ -292,14 +290,17 @@ class Run:
                 show.add(chunk)
         stop_here(self.stop)
         if wrong:
-            raise Different(a_line_a_tensor(self.workspace.checkpoint, wrong))
+            raise Different(a_line_a_tensor(self.destination.checkpoint, wrong))
 
 
-def _incomplete(error: OSError, workspace: Workspace) -> InputError | Incomplete:
+def _incomplete(error: OSError, destination: Destination) -> InputError | Incomplete:
     """What the system's error means: before the first chunk a place that cannot be used, after it an interruption."""
-    found = system_error(error, str(error.filename or workspace.directory))
-    if not os.path.isdir(workspace.checkpoint):
-        return InputError(*found.faults if found else [f"{workspace.directory}: {error}; give another place"])
+    found = system_error(error, str(error.filename or destination.work))
+    begun = False
+    with contextlib.suppress(OSError):
+        begun = destination.checkpoint.is_dir()
+    if not begun:
+        return InputError(*found.faults if found else [f"{destination.work}: {error}; give another place"])
     what, to_do = meaning(error) or (f"writing failed ({error})", "")
     to_do = to_do if isinstance(found, Incomplete) else "mend that"
-    return Incomplete(f"{workspace.directory}: {what}; what is written is kept there: {to_do}, and the same command resumes")
+    return Incomplete(f"{destination.work}: {what}; what is written is kept there: {to_do}, and the same command resumes")

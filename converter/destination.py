@@ -5,9 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+from converter.ends import Sink
+from converter.journal import Hashes, Journal
 from converter.manifest import known_files, manifest_hash, read_finished
 from converter.places import can_be_renamed, exchange
+from converter.plan import Plan
 from converter.shard_store import CONFIG
+from converter.sinks import sink_of
 from converter.store import MANIFEST, METADATA
 from converter.workspace import Workspace
 from oss_model.errors import InputError, raise_all
@@ -16,9 +20,16 @@ from oss_model.files import sync
 INSIDE = "convert-oss.partial"
 
 
-class Destination:
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+class Directory:
+    """A `converter.ends.Destination`.
+
+    Args:
+      process: (I, N): this is the I-th of N that write shares.
+    """
+
+    def __init__(self, path: str | os.PathLike, process: tuple[int, int] = (1, 1)):
+        self.path, self.process = Path(path), process
+        self.notes: list[str] = []
 
     @functools.cached_property
     def is_inside(self) -> bool:
@@ -32,11 +43,53 @@ class Destination:
         """Where the checkpoint is written: its `checkpoint` becomes DST when it is whole, or its entries move into DST."""
         return self.path / INSIDE if self.is_inside else self.path.with_name(f"{self.path.name}.partial")
 
+    @functools.cached_property
+    def workspace(self) -> Workspace:
+        return Workspace(self.partial, self.process)
+
+    @property
+    def work(self) -> Path:
+        return self.workspace.directory
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.workspace.checkpoint
+
+    def sink(self, plan: Plan) -> Sink:
+        return sink_of(self.checkpoint, plan)
+
+    def lock(self, before: dict) -> None:
+        self.workspace.lock()
+
+    def begin(self, before: dict, restart: bool) -> None:
+        self.workspace.begin(before, restart)
+
+    def journal(self) -> Journal:
+        return self.workspace.journal()
+
+    def journaled(self) -> dict[str, Hashes]:
+        return self.workspace.journaled()
+
+    def reopen_share(self) -> bool:
+        return self.workspace.reopen_share()
+
+    def share_done(self) -> bool:
+        return self.workspace.share_done()
+
+    def is_pending(self) -> bool:
+        return self.checkpoint.exists()
+
+    def leave(self) -> None:
+        self.workspace.leave()
+
+    def kept_in(self) -> Path | None:
+        return self.partial if self.partial.is_dir() else None
+
     def check(self, source: Path, overwrite: bool) -> None:
-        """
-        Raises:
-          InputError: if writing here would lose something, or write into the source.
-        """
+        self._check(source, overwrite)
+        self.workspace.check()
+
+    def _check(self, source: Path, overwrite: bool) -> None:
         here, there = self.path.resolve(), source.resolve()
         if here == there or there in here.parents:
             what = "the source itself" if here == there else f"inside the source {source}"
@@ -80,11 +133,13 @@ class Destination:
         names = {path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in self._staying()}
         return sorted(names - known_files(manifest))
 
-    def finish(self, workspace: Workspace) -> None:
+    def finish(self, source: Path, overwrite: bool) -> None:
         """Put the checkpoint, which is whole and synced, in its place; what is there is exchanged for it, or set aside.
 
         What is to happen is noted before anything is renamed, so that `take_up` can end it after a kill.
         """
+        self._check(source, overwrite)  # once more: writing may have taken hours
+        workspace = self.workspace
         if workspace.replaced.exists():  # of an earlier --overwrite, whose new checkpoint is what is at DST
             shutil.rmtree(workspace.replaced)
         note: dict = {"new": manifest_hash(workspace.checkpoint), "old": manifest_hash(self.path)}
@@ -95,11 +150,11 @@ class Destination:
         self._place(workspace, note)
         self._end(workspace)
 
-    def is_under_way(self, workspace: Workspace) -> bool:
-        """Whether an earlier run was cut off while it put its checkpoint in its place."""
+    def is_under_way(self) -> bool:
+        workspace = self.workspace
         return workspace.is_ours() and (workspace.placing() is not None or workspace.replaced.exists())
 
-    def take_up(self, workspace: Workspace) -> bool:
+    def take_up(self) -> bool:
         """End what an earlier run was cut off at while it put its checkpoint in its place. Returns whether it is there now.
 
         Where that cannot be ended, because the new checkpoint is not whole any more, the old one goes back.
@@ -107,8 +162,9 @@ class Destination:
         Raises:
           InputError: if something else is in the way; everything is left as it is.
         """
+        workspace = self.workspace
         only_tidying_left = workspace.is_ours() and not workspace.checkpoint.exists() and manifest_hash(self.path) is not None
-        if not (self.is_under_way(workspace) or only_tidying_left):
+        if not (self.is_under_way() or only_tidying_left):
             return False
         workspace.lock()
         try:

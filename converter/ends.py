@@ -3,10 +3,12 @@
 Between them `converter.conversion` does what is the same for all: it cuts the work into shares and chunks, keeps threads at
 it, makes of what is read what is stored (`converter.chunks`), remembers what is written, goes on after a cut, and verifies.
 Sources are safetensors (`oss_model.shards`), Orbax (`converter.orbax_source`), and either with LoRA updates added
-(`converter.merging`). Sinks are an Orbax directory (`converter.store`) and one of safetensors (`converter.shard_store`).
+(`converter.merging`). Sinks are an Orbax directory (`converter.store`), one of safetensors (`converter.shard_store`), and Orbax
+in a bucket (`converter.bucket_store`). A destination is DST with what is remembered there until it is whole: a directory
+(`converter.destination`), with locks and renames, or a prefix of a bucket (`converter.bucket`), which has neither.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +19,7 @@ from oss_model.layouts import Entry, Layout
 
 if TYPE_CHECKING:
     from converter.chunks import Pieces
+    from converter.journal import Hashes
     from converter.plan import Chunk, Plan
 
 
@@ -65,13 +68,23 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Where chunks go until the checkpoint is complete. Any thread may call what is about one chunk."""
+    """Where chunks go until the checkpoint is complete. Any thread may call what is about one chunk.
+
+    Attributes:
+      workers: how many threads write at a time, where memory allows.
+    """
+
+    workers: int
+
+    def held(self, plan: "Plan") -> int:
+        """Bytes of a chunk that a thread holds at the most until it is stored, besides what it is made of."""
+        ...
 
     def load(self) -> None:
         """Import what completing takes, before memory is measured."""
         ...
 
-    def write_chunk(self, chunk: "Chunk", pieces: Iterable[np.ndarray]) -> bytes:
+    def write_chunk(self, chunk: "Chunk", pieces: "Pieces") -> bytes:
         """Write one chunk, in place of what may be there; returns the xxh3_128 of its values."""
         ...
 
@@ -113,4 +126,125 @@ class Sink(Protocol):
 
     def complete(self, plan: "Plan", manifest: Callable[[], bytes]) -> None:
         """Write what makes readers take it for a checkpoint, then the manifest, made of all that is there, and settle all."""
+        ...
+
+
+class Noted(Protocol):
+    """Where it is noted which chunks are written."""
+
+    def add(self, chunk: str, hashes: "Hashes") -> None:
+        """Note that the chunk of this path is written. Any thread may call this."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until nothing can take away what is noted."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Destination(Protocol):
+    """DST, and what is remembered there of a conversion until it is whole: who is at work, at what, and how far it is.
+
+    Attributes:
+      path: DST.
+      work: where things are until they are whole.
+      checkpoint: the same, of the checkpoint's own files.
+      process: (I, N): this is the I-th of N that write shares.
+      notes: what whoever asked for it should know.
+    """
+
+    process: tuple[int, int]
+    notes: list[str]
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def work(self) -> Path: ...
+
+    @property
+    def checkpoint(self) -> Path: ...
+
+    def sink(self, plan: "Plan") -> Sink:
+        """Where the chunks of `plan` go."""
+        ...
+
+    def is_under_way(self) -> bool:
+        """Whether an earlier run was cut off while it put its checkpoint in its place."""
+        ...
+
+    def take_up(self) -> bool:
+        """End what an earlier run was cut off at while it put its checkpoint in its place. Returns whether it is there now.
+
+        Raises:
+          InputError: if something else is in the way; everything is left as it is.
+        """
+        ...
+
+    def check(self, source: Path, overwrite: bool) -> None:
+        """
+        Raises:
+          InputError: if writing here would lose something, or write into the source.
+        """
+        ...
+
+    def lock(self, before: dict) -> None:
+        """Be the one at work here: alone, or one of several.
+
+        Args:
+          before: the fingerprint of the source.
+
+        Raises:
+          InputError: if somebody else is.
+        """
+        ...
+
+    def begin(self, before: dict, restart: bool) -> None:
+        """Begin the conversion that the fingerprint `before` describes, or take it up.
+
+        Args:
+          restart: throw away an unfinished conversion of something else instead of refusing.
+
+        Raises:
+          InputError: if what was begun is not what is wanted now.
+        """
+        ...
+
+    def journal(self) -> Noted: ...
+
+    def journaled(self) -> "Mapping[str, Hashes]":
+        """Path of each chunk that is noted as written, by whichever process, in this run or an earlier one."""
+        ...
+
+    def reopen_share(self) -> bool:
+        """Take back `share_done`, before chunks are written again. Returns whether they are still wanted."""
+        ...
+
+    def share_done(self) -> bool:
+        """Note that this process's share is written. Returns whether it is to finish the checkpoint."""
+        ...
+
+    def finish(self, source: Path, overwrite: bool) -> None:
+        """Put the checkpoint, which is whole, in its place, and forget what was remembered of it.
+
+        Raises:
+          InputError: as `check`.
+        """
+        ...
+
+    def is_pending(self) -> bool:
+        """Whether the checkpoint is not in its place yet, by this process or another."""
+        ...
+
+    def leave(self) -> None:
+        """Let others at it, whatever has happened."""
+        ...
+
+    def kept_in(self) -> Path | None:
+        """Where an unfinished conversion is kept; None where nothing is written yet."""
+        ...
+
+    def unknown_files(self, manifest: dict) -> list[str]:
+        """Every file in the checkpoint at DST that its manifest does not name: relative paths."""
         ...

@@ -14,6 +14,7 @@ from converter.source import companions, where
 from converter.store import MANIFEST
 from converter.threads import in_threads, stop_here
 from oss_model.errors import raise_all
+from oss_model.files import hashed_each
 
 REPLACE = "give another name, or --overwrite to replace it when the new one is whole"
 
@@ -72,9 +73,9 @@ def _missing(directory: Path, manifest: dict, plan: Plan) -> list[str]:
         for chunk in plan.chunks
         if not sink.is_whole(chunk)
     ]
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or file_hash(path.read_bytes()) != expected:
+    found = hashed_each(directory / name for name in manifest["files"])
+    for (name, expected), there in zip(manifest["files"].items(), found, strict=True):
+        if there != expected:
             lines.append(f"{directory}: {name}: missing, or not as {MANIFEST} has it; {again}")
     return lines
 

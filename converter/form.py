@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oss_model import quantization
+from oss_model.buckets import path_of
 from oss_model.config import PARAM_DTYPES
-from oss_model.errors import raise_all
+from oss_model.errors import local_path, raise_all
 
 # `--to` -> the dtypes that its parameters can have, the usual one first.
 DTYPES = {"orbax": PARAM_DTYPES, "hf": ("mxfp4",), "hf-bf16": ("bfloat16", "float32"), "openai": ("mxfp4",)}
@@ -72,7 +73,7 @@ def make_form(
     if quantizer is not None and quantizer not in quantization.RULES:
         faults.append(f"quantizer: expected one of {', '.join(quantization.RULES)}, found {quantizer!r}")
     raise_all(faults)
-    paths = {"like": None if like is None else Path(like), "merge": None if merge is None else Path(merge)}
+    paths = {"like": None if like is None else path_of(like), "merge": None if merge is None else local_path(merge)}
     form = Form(to, dtype or DTYPES[to][0], quantizer, **paths, ignore=tuple(sorted(set(ignore_config_key))))
     if not form.packed:
         for name, value in (("quantizer", quantizer), ("like", like)):
@@ -87,6 +88,6 @@ def make_form(
 def noted_form(manifest: dict) -> Form:
     """That of a finished checkpoint."""
     note = manifest.get("form") or {}
-    paths = {name: Path(note[name]) if note.get(name) else None for name in ("like", "merge")}
+    paths = {name: path_of(note[name]) if note.get(name) else None for name in ("like", "merge")}
     ignored = tuple(note.get("ignored_config_keys", ()))
     return Form(note.get("to", "orbax"), manifest["dtype"], note.get("quantizer"), **paths, ignore=ignored)

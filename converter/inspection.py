@@ -19,6 +19,7 @@ from converter.orbax_source import OrbaxSource, stored_arrays
 from converter.plan import make_plan
 from converter.source import open_checkpoint
 from oss_model import layouts
+from oss_model.buckets import path_of
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError
 from oss_model.files import parse_json
@@ -54,7 +55,7 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
       InputError: if it is none of the forms, naming all that is wrong with it.
     """
-    directory = Path(path)
+    directory = path_of(path)
     if not directory.is_dir():
         raise InputError(f"{directory}: expected a directory, found {'a file' if directory.exists() else 'nothing'}")
     if adapters.is_adapter(directory):

@@ -14,6 +14,7 @@ from converter.form import Form
 from converter.manifest import fingerprint
 from converter.plan import Plan, make_plan
 from converter.source import closed_on_error, companions, open_base, open_source
+from oss_model.buckets import path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_job(src: str | os.PathLike, form: Form, tokenizer: str | os.PathLike | 
     source = open_source(src, form)
     with closed_on_error(source):
         plan, base = make_plan(source, form), open_base(form, source)
-        files = companions(source, None if tokenizer is None else Path(tokenizer))
+        files = companions(source, None if tokenizer is None else path_of(tokenizer))
         config, notes = configs.config_of(source, form), configs.notes(source, form, files)
         job = Job(source, base, plan, {}, config, files, notes)
         job = dataclasses.replace(job, before=job.fingerprint())

@@ -3,6 +3,7 @@
 A line says that a chunk was written, not that the disk has it: whoever goes by it checks the hash.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,9 +36,7 @@ class Journal:
 
     def add(self, chunk: str, hashes: Hashes) -> None:
         """Note that the file `chunk` is written. Any thread may call this."""
-        line: dict = {"chunk": chunk, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
-        line |= {"lost": hashes.lost} if hashes.lost else {}
-        data = b"\n" + json.dumps(line).encode() + b"\n"  # the first ends a line that was cut short
+        data = b"\n" + line_of(hashes, chunk=chunk).encode() + b"\n"  # the first ends a line that was cut short
         with self._lock:
             write_all(self._fd, data)
         # The journal may lag behind after a power loss: chunks it does not name are written again.
@@ -59,11 +58,25 @@ def read_journals(paths: Iterable[Path]) -> dict[str, Hashes]:
     found = {}
     for path in paths:
         for line in path.read_bytes().split(b"\n"):
-            try:
-                data = parse_json(line)
-                read = tuple(bytes.fromhex(digest) for digest in data["read"])
-                lost = data.get("lost")
-                found[str(data["chunk"])] = Hashes(bytes.fromhex(data["stored"]), read, tuple(lost) if lost else None)
-            except (ValueError, KeyError, TypeError):
-                continue
+            hashes = of_line(line)
+            if hashes is not None:
+                with contextlib.suppress(KeyError):
+                    found[str(parse_json(line)["chunk"])] = hashes
     return found
+
+
+def line_of(hashes: Hashes, **more: str) -> str:
+    """What is noted of a chunk, as JSON."""
+    line: dict = {**more, "stored": hashes.stored.hex(), "read": [digest.hex() for digest in hashes.read]}
+    return json.dumps(line | ({"lost": hashes.lost} if hashes.lost else {}))
+
+
+def of_line(line: str | bytes) -> Hashes | None:
+    """`line_of` read back; None of anything else."""
+    try:
+        data = parse_json(line)
+        read = tuple(bytes.fromhex(digest) for digest in data["read"])
+        lost = data.get("lost")
+        return Hashes(bytes.fromhex(data["stored"]), read, tuple(lost) if lost else None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -20,7 +20,8 @@ from converter.plan import Place, Plan, Target
 from converter.shard_store import CONFIG, DISCARDED
 from converter.source import companions
 from converter.store import MANIFEST, METADATA
-from oss_model.files import parse_json
+from oss_model.errors import InputError
+from oss_model.files import parse_json, read_each, sizes_and_times
 from oss_model.hub import origin
 from oss_model.layouts import BFLOAT16
 
@@ -37,7 +38,7 @@ def fingerprint(source: Source, form: Form, others: Sequence[Path] = ()) -> dict
     """
     files = sorted({*source.files, *companions(source), *others})
     found = {
-        "source": {said_of(source, file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "source": {said_of(source, file): list(of) for file, of in sizes_and_times(files, source.directory).items()},
         "layout": source.layout.name,
         "dtype": form.dtype,
         "version": [version("convert-oss"), FORMAT, GRID],
@@ -78,6 +79,8 @@ def make_manifest(source: Source, before: dict, plan: Plan, hashes: Mapping[str,
             tensors[target.name]["place"] = list(target.place)
         if (lost := relative_error(of_chunks)) is not None:
             tensors[target.name]["relative_rmse"] = lost
+    others = other_files(directory, plan)
+    texts = read_each(directory / name for name in others)
     data = {
         "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -87,7 +90,7 @@ def make_manifest(source: Source, before: dict, plan: Plan, hashes: Mapping[str,
         "fingerprint": before,
         "hash": HASH,
         "tensors": tensors,
-        "files": {name: file_hash((directory / name).read_bytes()) for name in other_files(directory, plan)},
+        "files": {name: file_hash(text) for name, text in zip(others, texts, strict=True)},
     }
     if (lost := relative_error(hashes[chunk.path] for chunk in plan.chunks)) is not None:
         data["relative_rmse"] = lost
@@ -126,6 +129,8 @@ def read_manifest(directory: Path) -> dict | None:
         text = (directory / MANIFEST).read_bytes()
         data = parse_json(text)
         return data if data["self"] == _self_hash(data) and text == _text(data) else None
+    except InputError:  # of a bucket that may not be read
+        raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oss_model import layouts
+from oss_model.buckets import stored_at
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.files import parse_json
@@ -170,9 +171,9 @@ def _open(directory: Path, key: str) -> Any:
     import tensorstore
 
     about = parse_json((directory / METADATA).read_bytes())
-    kvstore: dict = {"driver": "file", "path": f"{directory / key}/"}
+    kvstore = stored_at(directory / key)
     if about.get("use_ocdbt", True):
-        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{directory}/"}, "path": f"{key}/"}
+        kvstore = {"driver": "ocdbt", "base": stored_at(directory), "path": f"{key}/"}
     spec = {"driver": "zarr3" if about.get("use_zarr3") else "zarr", "kvstore": kvstore}
     return tensorstore.open(spec, read=True, open=True).result()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from converter.chunks import PIECE_BYTES, Reader
 from converter.ends import Sink, Source
 from converter.plan import Chunk, Plan, Target
-from converter.threads import WORKERS
+from oss_model.buckets import GsPath
 from oss_model.errors import InputError
 from oss_model.memory import rss
 
@@ -23,7 +23,7 @@ class Needs:
     """What a conversion will take."""
 
     space_needed: int  # bytes on the disk of the destination, without what is there already
-    space_free: int
+    space_free: int | None  # None: nobody says, of a bucket
     memory: int  # bytes resident at the most, with `workers` threads
     workers: int
 
@@ -55,17 +55,16 @@ def measure(source: Source, plan: Plan, sink: Sink, directory: Path, max_memory:
       InputError: if the disk has too little room, or `max_memory` is too small for a single thread.
     """
     base = rss() + SLACK_BYTES
-    each = max(reader_bytes(target, source) for target in plan.targets)
-    workers = WORKERS
+    each = max(reader_bytes(target, source) for target in plan.targets) + sink.held(plan)
+    workers = sink.workers
     if max_memory is not None:
         if base + each > max_memory:
             least = math.ceil((base + each) / (1 << 20))
             raise InputError(f"--max-memory: expected at least {least}M for this checkpoint, found {max_memory >> 20}M")
-        workers = min(WORKERS, (max_memory - base) // each)
-    files = len(plan.chunks) * 4 + len(plan.targets) * 3  # directories and zarr.json
-    needed = plan.nbytes - sink.present(plan.chunks) + files * FILE_BYTES
-    free = free_space(directory)
-    if needed > free:
+        workers = min(sink.workers, (max_memory - base) // each)
+    files, free = len(plan.chunks) * 4 + len(plan.targets) * 3, free_space(directory)  # directories and zarr.json
+    needed = plan.nbytes - sink.present(plan.chunks) + (files * FILE_BYTES if free is not None else 0)
+    if free is not None and needed > free:
         raise InputError(
             f"{directory.parent.parent.resolve()}: expected {needed:,} bytes of free space, found {free:,}; "
             f"make room for {needed - free:,} more, or give another disk"
@@ -88,8 +87,10 @@ def _rate(source: Source, plan: Plan, chunk: Chunk) -> float:
     return chunk.nbytes / (time.perf_counter() - start)
 
 
-def free_space(directory: Path) -> int:
-    """Bytes that are free on the disk of `directory`, which need not exist."""
+def free_space(directory: Path) -> int | None:
+    """Bytes that are free on the disk of `directory`, which need not exist; None: nobody says, of a bucket."""
+    if isinstance(directory, GsPath):
+        return None
     while not directory.exists():
         directory = directory.parent
     found = os.statvfs(directory)

@@ -5,14 +5,13 @@ import os
 import threading
 from typing import Any
 
-from converter.destination import Destination
+from converter.destinations import destination_of, refuse
 from converter.finished import is_complete
 from converter.form import make_form
 from converter.job import open_job
 from converter.plan import Plan, Target
 from converter.preflight import DISK_RATE, Needs, estimate_seconds, free_space, measure
-from converter.sinks import sink_of
-from converter.workspace import Workspace
+from oss_model.buckets import path_of
 from oss_model.errors import InputError
 
 
@@ -29,7 +28,7 @@ class Preview:
     bytes_written: int
     work_directory: str  # where it is written until it is whole
     space_needed: int
-    space_free: int
+    space_free: int | None  # None: nobody says, of a bucket
     memory: int  # resident bytes at the most
     seconds: float  # an estimate
     plan: list[dict]  # a tensor: from, pattern, to, shape, dtype, chunks, bytes
@@ -55,13 +54,13 @@ def preview(
     Raises:
       InputError: as `convert` does.
     """
-    destination = Destination(dst)
-    with open_job(src, make_form(dtype=dtype, **form), tokenizer) as job:
+    destination, asked = destination_of(path_of(dst)), make_form(dtype=dtype, **form)
+    refuse(destination.path, asked.to, overwrite)
+    with open_job(src, asked, tokenizer) as job:
         source, plan = job.source, job.plan
-        workspace = Workspace(destination.partial)
-        if destination.is_under_way(workspace):
+        if destination.is_under_way():
             raise InputError(
-                f"{workspace.directory}: expected no conversion that is being put in its place, found one that was cut off; "
+                f"{destination.work}: expected no conversion that is being put in its place, found one that was cut off; "
                 "convert-oss without --dry-run ends that first"
             )
         done = False
@@ -71,10 +70,9 @@ def preview(
             needs = Needs(0, free_space(destination.path), 0, 1)
         else:
             destination.check(source.directory, overwrite)
-            workspace.check()
-            sink = sink_of(workspace.checkpoint, plan)
+            sink = destination.sink(plan)
             sink.load()
-            needs = measure(source, plan, sink, workspace.checkpoint, max_memory)
+            needs = measure(source, plan, sink, destination.checkpoint, max_memory)
         return Preview(
             status="already-complete" if done else "planned",
             source_layout=source.layout.name,
@@ -83,7 +81,7 @@ def preview(
             chunks=len(plan.chunks),
             bytes_read=0 if done else job.read_nbytes,
             bytes_written=0 if done else plan.nbytes,
-            work_directory=str(workspace.directory.resolve()),
+            work_directory=str(destination.work.resolve()),
             space_needed=needs.space_needed,
             space_free=needs.space_free,
             memory=needs.memory,
@@ -109,9 +107,11 @@ def describe(found: Preview) -> str:
     lines += [
         f"reads {found.bytes_read:,} bytes, writes {found.bytes_written:,} bytes",
         f"works in {found.work_directory} until all is whole",
-        f"needs {found.space_needed:,} bytes of disk, {found.space_free:,} are free",
+        f"needs {found.space_needed:,} bytes"
+        + (" in the bucket" if found.space_free is None else f" of disk, {found.space_free:,} are free"),
         f"takes up to {found.memory >> 20} MiB of memory",
-        f"takes about {found.seconds:.0f} s where the disk writes {DISK_RATE / 1e9:.0f} GB/s, without verification",
+        f"takes about {found.seconds:.0f} s where {'the disk writes' if found.space_free is not None else 'the network sends'}"
+        f" {DISK_RATE / 1e9:.0f} GB/s, without verification",
         *(f"note: {note}" for note in found.notes),
     ]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import xxhash
 from converter.chunks import Pieces
 from converter.plan import Chunk, Plan
 from converter.store import MANIFEST, copy_companions, sync_small
+from converter.threads import WORKERS
 from converter.verify import check_chunk, from_disk
 from oss_model.files import advise, file_size, sync, write_all, write_file
 from oss_model.shards import INDEX
@@ -25,11 +26,16 @@ DISCARDED = "discarded"  # a line a chunk that is to be written again
 
 
 class ShardStore:
+    workers = WORKERS
+
     def __init__(self, directory: Path, plan: Plan):
         self.directory = directory
         self._shards = plan.shards()
         self._lock = threading.Lock()
         self._begun: set[str] = set()
+
+    def held(self, plan: Plan) -> int:
+        return 0
 
     def load(self) -> None: ...
 

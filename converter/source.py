@@ -11,6 +11,7 @@ from converter.ends import Source
 from converter.form import Form
 from converter.orbax_source import OrbaxSource, find
 from oss_model import mxfp4
+from oss_model.buckets import path_of
 from oss_model.errors import InputError, raise_all
 from oss_model.layouts import FLOAT32, Entry
 from oss_model.shards import Checkpoint
@@ -47,7 +48,7 @@ def open_checkpoint(path: str | os.PathLike, ignore: Collection[str] = ()) -> So
     Args:
       ignore: see `ModelConfig.from_json`.
     """
-    arrays = find(Path(path))
+    arrays = find(path_of(path))
     return Checkpoint(path, ignore) if arrays is None else OrbaxSource(arrays, ignore)
 
 

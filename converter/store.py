@@ -8,7 +8,6 @@ between us and the file, and a file that is whole can be told from one that is n
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ import xxhash
 
 from converter.chunks import Pieces
 from converter.plan import Chunk, Plan, Target
+from converter.threads import WORKERS
 from converter.verify import check_chunk, from_disk
-from oss_model.files import advise, crc32c, file_size, sync, write_all, write_file
+from oss_model.files import advise, crc32c, file_size, read_each, sync, write_all, write_file
 from oss_model.zarr import CHECKSUM_BYTES, describe
 
 MANIFEST = "conversion.json"
@@ -29,8 +29,13 @@ METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
 class Store:
     """A checkpoint's directory while it is written, or afterwards."""
 
+    workers = WORKERS
+
     def __init__(self, directory: Path):
         self.directory = directory
+
+    def held(self, plan: Plan) -> int:
+        return 0
 
     def load(self) -> None:
         """Orbax, which writes the metadata: it takes a second, and most of the process's memory."""
@@ -40,8 +45,7 @@ class Store:
         """Describe an array: its directory and zarr.json."""
         directory = self.directory / target.directory
         directory.mkdir(parents=True, exist_ok=True)
-        description = describe(target.shape, target.dtype, target.rows)
-        write_file(directory / "zarr.json", json.dumps(description, separators=(",", ":")).encode())
+        write_file(directory / "zarr.json", description(target))
 
     def write_chunk(self, chunk: Chunk, pieces: Iterable[np.ndarray]) -> bytes:
         """Write one chunk's file, an all-zero one too: readers take a missing file for an error. Returns its xxh3_128."""
@@ -63,19 +67,8 @@ class Store:
         return digest.digest()
 
     def write_metadata(self, targets: Iterable[Target]) -> None:
-        """`_METADATA` and `_CHECKPOINT_METADATA`: taken from a small checkpoint of the same tree that Orbax saves."""
-        tree: dict = {}
-        for target in targets:
-            *path, leaf = target.key_path
-            node = tree
-            for key in path:
-                node = node.setdefault(key, {})
-            node[leaf] = np.zeros(1, np.uint8)  # neither file says anything about shape or dtype
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # hundreds of tiny files that no disk should see
-        with tempfile.TemporaryDirectory(prefix="convert-oss-", dir=memory) as scratch:
-            _save_with_orbax(Path(scratch) / "skeleton", tree)
-            for name in METADATA:
-                write_file(self.directory / name, (Path(scratch) / "skeleton" / name).read_bytes())
+        for name, data in metadata(targets).items():
+            write_file(self.directory / name, data)
 
     def is_whole(self, chunk: Chunk) -> bool:
         """Whether the chunk's file is there, in its full length."""
@@ -117,9 +110,30 @@ class Store:
         sync_small(self.directory)
 
 
+def description(target: Target) -> bytes:
+    """An array's zarr.json."""
+    return json.dumps(describe(target.shape, target.dtype, target.rows), separators=(",", ":")).encode()
+
+
+def metadata(targets: Iterable[Target]) -> dict[str, bytes]:
+    """`_METADATA` and `_CHECKPOINT_METADATA`: taken from a small checkpoint of the same tree that Orbax saves."""
+    tree: dict = {}
+    for target in targets:
+        *path, leaf = target.key_path
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = np.zeros(1, np.uint8)  # neither file says anything about shape or dtype
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # hundreds of tiny files that no disk should see
+    with tempfile.TemporaryDirectory(prefix="convert-oss-", dir=memory) as scratch:
+        _save_with_orbax(Path(scratch) / "skeleton", tree)
+        return {name: (Path(scratch) / "skeleton" / name).read_bytes() for name in METADATA}
+
+
 def copy_companions(files: Iterable[Path], directory: Path) -> None:
-    for file in files:
-        shutil.copyfile(file, directory / file.name)
+    files = list(files)
+    for file, data in zip(files, read_each(files), strict=True):
+        write_file(directory / file.name, data)
 
 
 def sync_small(root: Path) -> None:

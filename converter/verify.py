@@ -1,7 +1,5 @@
 """What is on disk: against the source decoded anew, and against the hashes of conversion.json."""
 
-import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import xxhash
 from converter.chunks import PIECE_BYTES, Pieces
 from converter.plan import Chunk
 from converter.threads import still_wanted
-from oss_model.files import advise
+from oss_model.files import read_anew
 from oss_model.zarr import ChunkFile, DamagedChunk
 
 AGAIN = "convert again"
@@ -65,13 +63,8 @@ def from_disk(directory: Path, chunks: list[Chunk], ahead: int = 2) -> Iterator[
     """Yield `chunks`, for `check_chunk`, so that they are read from the disk and not from memory, and ahead of time."""
     for number in range(len(chunks) + ahead):
         if number < len(chunks):
-            with contextlib.suppress(OSError):  # a missing file is for `check_chunk` to report
-                chunk = chunks[number]
-                part = chunk.offset or 0, chunk.nbytes
-                fd = os.open(directory / chunk.file, os.O_RDONLY)
-                advise(fd, "DONTNEED", *part)  # forgets what is in memory and on the disk
-                advise(fd, "WILLNEED", *part)  # starts reading
-                os.close(fd)
+            chunk = chunks[number]
+            read_anew(directory / chunk.file, chunk.offset or 0, chunk.nbytes)
         if number >= ahead:
             yield chunks[number - ahead]
 

@@ -51,7 +51,7 @@ class Workspace:
         if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
             raise InputError(f"{self.directory}: expected room for the unfinished conversion, found a file; move it away")
         names = self._names()
-        if self.is_ours() or (names == ["lock"] and self._is_cut_short()):
+        if self.is_ours() or (names == ["lock"] and self._is_cutshort()):
             names = [name for name in names if not (LOCK.fullmatch(name) or FILE.fullmatch(name) or name in DIRECTORIES)]
         if names:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -242,7 +242,7 @@ class Workspace:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return b""
 
-    def _is_cut_short(self) -> bool:
+    def _is_cutshort(self) -> bool:
         """Whether a kill, or a power loss, left of the lock's text only its beginning, or zeros."""
         return MARK.startswith(self._read("lock").rstrip(b"\0"))
 
@@ -265,12 +265,12 @@ class Workspace:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 lines.append(
-                    f"{self.directory}: an unfinished conversion with another {key}: expected {_short(old.get(key))}, "
-                    f"found {_short(new.get(key))}; remove that directory, or --overwrite, to begin anew"
+                    f"{self.directory}: an unfinished conversion with another {key}: expected {short(old.get(key))}, "
+                    f"found {short(new.get(key))}; remove that directory, or --overwrite, to begin anew"
                 )
         return InputError(*lines)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) < 100 else text[:97] + "..."

@@ -29,6 +29,7 @@ from oss_model import (
     mxfp4,
 )
 from oss_model.attention import Tokens
+from oss_model.buckets import path_of
 from oss_model.params import Loader, abstract_model, parts
 from oss_model.shards import Checkpoint
 from oss_model.taps import LAYER_TAPS, tapping
@@ -75,7 +76,7 @@ class Candidate:
         read_with_orbax: bool = False,
         values: bool = False,
     ):
-        self.path = Path(checkpoint).absolute()
+        self.path = path_of(checkpoint).absolute()
         self.loader = Loader(self.path)
         self.values = values and self.loader.cfg.param_dtype == "mxfp4"
         if self.values:

@@ -14,7 +14,8 @@ from click.core import ParameterSource
 from click_option_group import optgroup
 
 from oss_model import hub
-from oss_model.errors import Incomplete, InputError, file_faults, local_path, place_faults, raise_all, system_error
+from oss_model.buckets import path_of
+from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
 from oss_model.exits import run_click
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def main(
         try:
             raise_all(faults if source is not None and hub.is_id(str(source)) else [])  # before it is downloaded
             source = None if source is None else hub.local(source, revision, subfolder)
-            checkpoint = None if checkpoint is None else local_path(checkpoint)
+            checkpoint = None if checkpoint is None else path_of(checkpoint)
             pair = _pair(source, checkpoint, Path(scratch)) if golden is None else _golden(source, checkpoint, golden)
             reference = arranged(pair[0], pair[1])[0] if isinstance(pair[0], Path) else None
             if reference is not None and not is_orbax(reference):  # only to name what is wrong with it
@@ -169,7 +170,7 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
         manifest = source / "conversion.json"
         try:
             said = parse_json(manifest.read_text(encoding="utf-8"))["source"]
-            there, made_from = Path(said["path"]), said.get("hub")
+            there, made_from = path_of(said["path"]), said.get("hub")
             if made_from and not there.is_dir():  # no longer in the cache
                 there = hub.local(made_from["repository"], made_from["commit"], made_from.get("subfolder"))
             return there, source

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oss_model.buckets import path_of
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.params import is_orbax
@@ -82,12 +83,12 @@ def compare(
         from parity.stored import arranged, compare_stored, holds_values, layout_faults
 
         if isinstance(source, str | Path):
-            source, checkpoint = arranged(Path(source), Path(checkpoint))
+            source, checkpoint = arranged(path_of(source), path_of(checkpoint))
             raise_all(layout_faults(source))
             if is_orbax(source):
                 return compare_stored(source, checkpoint, seed=seed, expect_changed=expect_changed, progress=progress)
-        made_from = Path(source) if isinstance(source, str | Path) else None
-        design = None if made_from is None else by_design(made_from, Path(checkpoint))
+        made_from = path_of(source) if isinstance(source, str | Path) else None
+        design = None if made_from is None else by_design(made_from, path_of(checkpoint))
         options = {"memory": max_memory, "read_with_orbax": read_with_orbax}
         port: Port = Candidate(checkpoint, source=made_from, values=holds_values(made_from or source), **options)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from oss_model.buckets import path_of
 from oss_model.files import parse_json
 from parity import equations as eq
 from parity.protocols import Expected
@@ -80,7 +81,7 @@ def _is_of(manifest: dict[str, Any], other: Path, steps: int = 3) -> bool:
     """
     if manifest["source"]["path"] == str(other.resolve()):
         return True
-    between = _manifest(Path(manifest["source"]["path"])) if steps else None
+    between = _manifest(path_of(manifest["source"]["path"])) if steps else None
     if between is not None and not between.get("form") and _is_of(between, other, steps - 1):
         return True
     try:

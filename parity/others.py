@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
+from oss_model.buckets import stored_at
 from oss_model.params import restore_arrays
 from oss_model.restoring import restoring
 from oss_model.zarr import StoredArray
@@ -23,7 +24,7 @@ def with_a_chunk_each(arrays: dict[str, StoredArray], found: Arrays) -> Arrays:
 
 def _with_a_chunk(name: str, array: StoredArray, value: np.ndarray) -> np.ndarray:
     start = zlib.crc32(name.encode()) % -(-array.shape[0] // array.rows) * array.rows
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array.directory)}}
+    spec = {"driver": "zarr3", "kvstore": stored_at(array.directory)}
     with restoring(array.directory.parent, value.nbytes):
         opened = tensorstore.open(spec, read=True, open=True).result()
         theirs = np.asarray(opened[start : min(start + array.rows, array.shape[0])].read().result())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from oss_model import layouts
+from oss_model.buckets import GsPath
 from oss_model.memory import peak_rss
 from oss_model.params import is_orbax
 from oss_model.shards import Checkpoint, Shards
@@ -28,7 +29,9 @@ def arranged(source: Path, checkpoint: Path) -> tuple[Path, Path]:
 
 
 def layout_faults(source: Path) -> list[str]:
-    """A line for safetensors in a layout that transformers does not load, or would load wrongly."""
+    """A line for safetensors that transformers does not load, or would load wrongly."""
+    if isinstance(source, GsPath) and not is_orbax(source):
+        return [f"{source}: expected safetensors on a disk, where PyTorch reads them, found a bucket; `gcloud storage cp -r`"]
     layout = None if is_orbax(source) else layouts.recognise(Shards(source).signature())
     if layout not in (layouts.TORCHTITAN, layouts.UNSLOTH, layouts.MLX):
         return []

@@ -72,7 +72,7 @@ def test_a_report_on_standard_output_is_alone_there(small, small_out):
     assert "PASS" in result.stderr
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/checkpoint", "s3://bucket/checkpoint", "https://example.org/x"])
+@pytest.mark.parametrize("address", ["s3://bucket/checkpoint", "https://example.org/x"])
 def test_an_address_is_no_directory_of_that_name(small, small_out, tmp_path, monkeypatch, capsys, address):
     monkeypatch.chdir(tmp_path)
     for arguments in (

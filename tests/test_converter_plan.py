@@ -120,7 +120,7 @@ def test_max_memory_takes_threads_away(sources, tmp_path, monkeypatch):
     each = max(preflight.reader_bytes(target, checkpoint) for target in planned.targets)
     monkeypatch.setattr(preflight, "rss", lambda: 100 << 20)
     base = (100 << 20) + preflight.SLACK_BYTES
-    for room, workers in ((1, 1), (1.9, 1), (2, 2), (50, preflight.WORKERS)):
+    for room, workers in ((1, 1), (1.9, 1), (2, 2), (50, Store.workers)):
         assert preflight.measure(checkpoint, planned, Store(tmp_path), tmp_path, base + int(each * room)).workers == workers
 
 
