@@ -8,11 +8,13 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -109,6 +111,24 @@ def start():
             return process
 
         yield begin
+
+
+@pytest.fixture
+def gcs(monkeypatch):
+    """A bucket called `bucket`, to which this process's own gs:// goes, with retries that take no time."""
+    from gcs_server import Gcs
+
+    from oss_model import buckets
+
+    found = Gcs()
+    for name, value in found.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(buckets, "_thread", threading.local())  # clients of the bucket of another test
+    monkeypatch.setattr(buckets, "WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(buckets, "RETRY_SECONDS", 5.0)
+    yield found
+    found.close()
+    gc.collect()  # while the filters of this test count: connections that nobody refers to any more
 
 
 # --- reports ----------------------------------------------------------------------------------------------------
