@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = ("convert-oss", "verify-oss", "inspect-oss", "check-parity", "report-diff")
 # A command is a line of a `bash` block, or in the text something in backquotes that begins with a program and goes on.
 PROGRAM = re.compile(
-    rf"(\w+=\S* )*(({'|'.join(COMMANDS)}|python|pip|pipx|uvx|docker|vllm|hf|eval|finetune\.py|scripts/\S+) "
+    rf"(\w+=\S* )*(({'|'.join(COMMANDS)}|python|pip|pipx|uvx|docker|vllm|hf|gcloud|aws|eval|finetune\.py|scripts/\S+) "
     r"|\./scripts/\w+( |$))"
 )
 # Modules, which may be imported here already, and scripts that start others of their kind, or look at their own memory.
