@@ -67,6 +67,7 @@ _PLACE = {
 _TROUBLE = {
     errno.ENOSPC: ("the disk is full", "make room"),
     errno.EDQUOT: ("the quota is used up", "make room"),
+    errno.EFBIG: ("a file larger than is allowed", "allow more (ulimit -f)"),
     errno.EIO: ("reading or writing failed (input/output error)", "see that the disk is in order"),
     errno.EMFILE: ("too many open files", "allow more (ulimit -n)"),
 }
