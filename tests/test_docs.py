@@ -38,6 +38,7 @@ ELSEWHERE = {
     "check-parity --layers": ("scripts/wheel", "check-parity --layers"),
     "./scripts/readers": (".ci/run", "./scripts/readers"),
     "./scripts/tunix": (".ci/run", "./scripts/tunix"),
+    "./scripts/learn": (".ci/run", "./scripts/learn"),
     "verify-oss gs://…": ("tests/test_converter_bucket.py", "verify_main("),
     'eval "$(_': ("tests/test_completion.py", "bash_source"),
     "pipx install .": ("scripts/wheel", "pipx install"),
@@ -91,7 +92,9 @@ AS = {
     "report-diff report.json report-after.json": ["report-diff report.json report.json"],
     "finetune.py --experts-qat best": ["finetune.py SRC notes.txt qat --experts-qat best"],
     "scripts/examples/finetune.py SRC TEXT RUN": ["scripts/examples/finetune.py SRC notes.txt RUN"],
-    "scripts/stress/kill_convert.py WORK --kills 200 [--to hf]": ["scripts/stress/kill_convert.py WORK --to hf"],
+    "scripts/stress/kill_convert.py WORK --kills 200 [--to hf] [--from-orbax] [--bucket]": [
+        "scripts/stress/kill_convert.py WORK --to hf"
+    ],
 }
 # Pages whose blocks of text are what the commands before them print, line by line, but for numbers; and what is not run here.
 PRINTED = ("docs/tutorial.md", "docs/porting.md")
