@@ -107,7 +107,9 @@ class Training:
     def rate(self) -> optax.Schedule:
         return schedule(self.learning_rate, self.steps, self.warmup, self.schedule)
 
-    def manager(self, directory: Path) -> ocp.CheckpointManager:
+    def manager(self, directory: Path, scored: bool) -> ocp.CheckpointManager:
+        """Of the states in `directory`, each `scored` by the held-out loss, or none."""
+
         def held_out_loss(metrics: dict[str, float]) -> float:
             return metrics["held_out_loss"]
 
@@ -115,7 +117,7 @@ class Training:
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=self.save_every,
             preservation_policy=AnyPreservationPolicy(policies=[LatestN(self.keep), *([lowest] if self.best else [])]),
-            best_fn=held_out_loss,
+            best_fn=held_out_loss if scored else None,  # Orbax warns of steps without
             best_mode="min",
         )
         return ocp.CheckpointManager(directory.absolute(), options=options)
@@ -194,7 +196,7 @@ def train(
         train_step(graphdef, descent, how.accumulate, how.balance), donate_argnums=(0, 1), out_shardings=(*placed, everywhere)
     )
     looked_at = jax.jit(eval_step(graphdef), out_shardings=everywhere)
-    with how.manager(run / "steps") as manager, jax.set_mesh(mesh):
+    with how.manager(run / "steps", held_out is not None) as manager, jax.set_mesh(mesh):
 
         def restored(step: int) -> tuple[Any, Any]:
             now = {"params": params, "moments": moments}
