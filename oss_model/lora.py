@@ -126,7 +126,8 @@ def save_lora(model: Transformer, directory: str | os.PathLike, rules: str | Seq
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, nnx.state(model, nnx.LoRAParam), force=True)
     updates = {name: Noted(update.rank, float(update.alpha)) for name, update in modules.items()}
-    write_note(path, updates, [rules] if isinstance(rules, str) else list(rules))
+    if jax.process_index() == 0:
+        write_note(path, updates, [rules] if isinstance(rules, str) else list(rules))
 
 
 def load_lora(model: Transformer, directory: str | os.PathLike) -> list[str]:

@@ -351,10 +351,42 @@ def test_options_that_do_not_go_together(chats, options, fault, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_runs_of_before_go_on_as_they_were(text, tmp_path):
+def test_runs_of_before_go_on_as_they_were(tmp_path):
     """Of what they did not know, they did what is usual."""
-    (tmp_path / "run.json").write_text('{"source": "a", "batch": 8}')
-    usual = {"warmup": 10, "freeze": None}
-    assert SCRIPT_MODULE.differences(tmp_path / "run.json", {"source": "a", "batch": 8}, usual) == []
-    [fault] = SCRIPT_MODULE.differences(tmp_path / "run.json", {"source": "a", "batch": 8, "warmup": 2}, usual)
+    before, usual = {"source": "a", "batch": 8}, {"warmup": 10, "freeze": None}
+    assert SCRIPT_MODULE.differences(tmp_path, before, {"source": "a", "batch": 8}, usual) == []
+    [fault] = SCRIPT_MODULE.differences(tmp_path, before, {"source": "a", "batch": 8, "warmup": 2}, usual)
     assert "expected warmup 10 as when it began, found 2" in fault
+
+
+def test_two_processes_save_updates_of_experts(chats, tmp_path, start):
+    source, file, _ = chats
+    rules = ["--lora", r".*q_proj", "--lora", r".*mlp\.(gate_up|down)"]
+    options = ["--length", "63", "--batch", "8", "--mesh", "fsdp=8", "--steps", "2", *rules]
+    one, two = (together(start, count, source, file, tmp_path / f"{count}", *options)[0] for count in (1, 2))
+    assert "updates: " in one
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    cfg = ModelConfig.from_json(tmp_path / "2/base/config.json")
+    found = []
+    for run in ("1", "2"):
+        model = create_model_from_checkpoint(tmp_path / run / "base", cfg)
+        assert len(load_lora(model, tmp_path / run / "lora")) == 6
+        found.append(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)  # two steps of Adam, which divides by small moments
+
+
+@pytest.mark.parametrize("found", ["{", "[]", '{"began": "yesterday"}'])
+def test_a_note_that_is_none_is_one_line(chats, tmp_path, found):
+    source, file, _ = chats
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(found)
+    with pytest.raises(InputError, match=r"run.json: expected (the settings of a run, as JSON|began to be a date)"):
+        SCRIPT_MODULE.main.main([*map(str, (source, file, tmp_path / "run")), *FAST], standalone_mode=False)
+
+
+def test_text_that_is_no_text_is_one_line(chats, tmp_path):
+    source, *_ = chats
+    (tmp_path / "text.txt").write_bytes(b"abc\xff")
+    with pytest.raises(InputError, match=r"text.txt: expected UTF-8, found byte 0xff at 3"):
+        Data(tmp_path / "text.txt", source, 1, 2, datetime.date(2026, 1, 1))

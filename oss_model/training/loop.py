@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from oss_model.errors import InputError
+from oss_model.files import write_file
 from oss_model.lora import named_before, named_now
 from oss_model.modeling import Transformer
 from oss_model.training.costs import chip_of, flops
@@ -51,7 +52,7 @@ class Log:
         self.file, self.writes, self.board = run / "log.jsonl", jax.process_index() == 0, None
         if self.writes:
             before = self.file.read_text().splitlines() if self.file.exists() else []
-            self.file.write_text("".join(f"{line}\n" for line in before if _step(line) <= done))
+            write_file(self.file, "".join(f"{line}\n" for line in before if _step(line) <= done).encode(), durable=True)
             with contextlib.suppress(ModuleNotFoundError):
                 from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 

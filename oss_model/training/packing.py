@@ -9,8 +9,8 @@ from oss_model.training.chat import Document
 from oss_model.training.steps import Batch
 
 
-def pack(documents: Sequence[Document], length: int) -> tuple[Batch, int]:
-    """The rows, and how many documents were cut to `length` because they are longer.
+def pack(documents: Sequence[Document], length: int) -> Batch:
+    """The rows; documents that are longer are cut to `length`.
 
     Best fit, the longest first: a document goes where it leaves the least room, or begins a row.
     """
@@ -34,7 +34,7 @@ def pack(documents: Sequence[Document], length: int) -> tuple[Batch, int]:
             place = slice(at, at + len(tokens))
             packed.tokens[row, place], packed.counted[row, place], packed.segment_ids[row, place] = tokens, counted, segment
             at += len(tokens)
-    return packed, sum(len(document.tokens) > length for document in documents)
+    return packed
 
 
 def epoch_rows(count: int, batch: int, step: int, seed: int) -> np.ndarray:

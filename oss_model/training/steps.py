@@ -92,11 +92,12 @@ def train_step(
     def total(params: Any, frozen: Any, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graphdef, params, frozen)
         seen: list[Array] = []
-        loss, count = _watched(model, batch, "router_logits", seen) if balance else cross_entropy(model, *batch)
         if not balance:
+            loss, count = cross_entropy(model, *batch)
             return loss, (loss, count)
-        real = None if batch.segment_ids is None else batch.segment_ids[:, :-1].reshape(-1) != 0
-        return loss + balance * count * load_balancing_loss(seen, model.cfg.num_experts_per_tok, real), (loss, count)
+        loss, count = _watched(model, batch, "router_logits", seen)
+        evened = load_balancing_loss(seen, model.cfg.num_experts_per_tok, _real(batch))
+        return loss + balance * count * evened, (loss, count)
 
     def step(params: Any, moments: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, Stepped]:
         gradient = jax.grad(total, has_aux=True)
@@ -125,10 +126,14 @@ def eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], tuple[Array
         model = nnx.merge(graphdef, params, frozen)
         seen: list[Array] = []
         loss, count = _watched(model, batch, "expert_choice", seen)
-        real = None if batch.segment_ids is None else batch.segment_ids[:, :-1].reshape(-1) != 0
-        return loss, count, counts(seen, model.cfg.num_experts, real)
+        return loss, count, counts(seen, model.cfg.num_experts, _real(batch))
 
     return step
+
+
+def _real(batch: Batch) -> Array | None:
+    """Which of the tokens that go through the model are no padding; all if None."""
+    return None if batch.segment_ids is None else batch.segment_ids[:, :-1].reshape(-1) != 0
 
 
 def _watched(model: Transformer, batch: Batch, wanted: str, seen: list[Array]) -> tuple[Array, Array]:

@@ -24,7 +24,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -38,6 +37,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from converter import convert
 from oss_model import (
@@ -52,6 +52,7 @@ from oss_model import (
 )
 from oss_model.errors import place_faults, raise_all
 from oss_model.exits import run_click
+from oss_model.files import parse_json, write_file
 from oss_model.layouts import parameter_name
 from oss_model.lora import select
 from oss_model.params import is_orbax
@@ -88,27 +89,46 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
     return mesh
 
 
-def differences(file: Path, settings: dict, usual: dict) -> list[str]:
-    """What is other than in the run that is noted in `file`, a line each: a resumed run must be what it was.
+def noted(file: Path) -> dict:
+    """What `note` wrote; nothing where a run begins."""
+    try:
+        found = parse_json(file.read_bytes()) if file.exists() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: expected the settings of a run, as JSON, found none; use another directory")
+    return found
+
+
+def note(file: Path, settings: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, json.dumps(settings, indent=1).encode(), durable=True)  # half a note would lock the directory
+
+
+def differences(run: Path, before: dict, settings: dict, usual: dict) -> list[str]:
+    """What is other than in the run that noted `before`, a line each: a resumed run must be what it was.
 
     What is as usual is not noted: runs of earlier releases, which knew fewer options, go on.
     """
-    if not file.exists():
-        return place_faults(file.parent)
-    before = usual | json.loads(file.read_text())
+    if not before:
+        return place_faults(run)
+    before = usual | before
     return [
-        f"{file.parent}: expected {name} {before.get(name)!r} as when it began, found {value!r}; use another directory"
+        f"{run}: expected {name} {before.get(name)!r} as when it began, found {value!r}; use another directory"
         for name, value in (usual | settings).items()
         if before.get(name) != value
     ]
 
 
-def note(file: Path, settings: dict) -> None:
-    """Whole, or not at all: half a note would lock the directory."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(settings, indent=1))
-    os.replace(partial, file)
+def first_day(before: dict) -> datetime.date:
+    """When the run began, to all processes alike: a chat template may ask for the date."""
+    try:
+        day = datetime.date.fromisoformat(before.get("began") or datetime.date.today().isoformat())
+    except (TypeError, ValueError):
+        raise InputError(f"run.json: expected began to be a date, found {before['began']!r}") from None
+    if jax.process_count() == 1:
+        return day
+    return datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(np.int32(day.toordinal()))))
 
 
 def length_faults(length: int, cfg: ModelConfig) -> list[str]:
@@ -135,12 +155,11 @@ def check_rules(cfg: ModelConfig, lora: tuple[str, ...], rank: int, chosen: str,
         select(model, lora, rank)
         if freeze is not None:
             raise InputError("--freeze: expected --train, of which it takes away, found --lora, which trains no parameter")
-    elif not nnx.to_flat_state(nnx.state(model, Matching(chosen))):
+        return
+    matched, left = (len(nnx.to_flat_state(nnx.state(model, Matching(chosen, but)))) for but in (None, freeze))
+    if not matched:
         raise InputError(f"--train {chosen!r}: expected to match a parameter such as norm.scale, found none")
-    elif freeze is not None and len(nnx.to_flat_state(nnx.state(model, Matching(chosen, freeze)))) in (
-        0,
-        len(nnx.to_flat_state(nnx.state(model, Matching(chosen)))),
-    ):
+    if freeze is not None and left in (0, matched):
         raise InputError(f"--freeze {freeze!r}: expected to match some of what --train {chosen!r} does, found all or none")
 
 
@@ -182,8 +201,6 @@ def save(model: Transformer, base: Path, out: Path) -> None:
 def together(name: str) -> None:
     """No process goes on before all are here."""
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
 
 
@@ -271,10 +288,8 @@ def main(
         cfg, dtype=np.dtype(compute), remat=remat, param_dtype=None if lora else "float32", experts_qat=experts_qat
     )
     check_rules(cfg, lora, rank, chosen, freeze)
-    note_file, began = run / "run.json", datetime.date.today().isoformat()
-    if note_file.exists():
-        began = json.loads(note_file.read_text()).get("began", began)  # a template may ask for the date
-    day = datetime.date.fromisoformat(began)
+    before = noted(run / "run.json")
+    day = first_day(before)
     data = Data(text, src, batch, length, day)
     held = None if held_out is None else Data(held_out, src, batch, length, day)
     how = Training(steps, learning_rate, warmup, shape, clip, weight_decay, accumulate, balance, save_every, keep, best)
@@ -292,12 +307,12 @@ def main(
             *option_faults(batch, accumulate, balance, remat, best, held),
             *data.faults(cfg),
             *([] if held is None else held.faults(cfg)),
-            *differences(note_file, what, {name: usual for name, (_, usual) in more.items()}),
+            *differences(run, before, what, {name: usual for name, (_, usual) in more.items()}),
         ]
     )
 
     if jax.process_index() == 0:
-        note(note_file, what | {"began": began})
+        note(run / "run.json", what | {"began": day.isoformat()})
     with resumable():
         base = src if source is None else run / "base"
         if not is_orbax(base):
