@@ -20,18 +20,21 @@ from oss_model.training import (
     ChatTemplate,
     Data,
     Document,
+    Training,
     dead,
     epoch_rows,
     eval_step,
     evenness,
     load_balancing_loss,
+    loop,
     optimizer,
     pack,
     read_documents,
     schedule,
+    train,
     train_step,
 )
-from oss_model.training.loop import evaluate
+from oss_model.training.loop import Log, evaluate
 
 DAY = datetime.date(2026, 11, 27)
 
@@ -151,6 +154,16 @@ def test_a_template_renders_as_transformers_renders_it(home):
     ours = ChatTemplate.of(home[0], DAY).render(messages)
     [theirs], _ = render_jinja_template([messages], chat_template=(home[0] / "chat_template.jinja").read_text())
     assert ours == theirs
+    lines = [
+        "{% for message in messages %}",
+        "  {% if loop.index == 3 %}",
+        "{% break %}",
+        "  {% endif %}",
+        "{{ message.content }}",
+    ]
+    spaced = "\n".join([*lines, "{% endfor %}", ""])
+    [theirs], _ = render_jinja_template([messages], chat_template=spaced)
+    assert ChatTemplate(spaced, DAY).render(messages) == theirs
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -174,6 +187,13 @@ def test_every_document_is_in_one_row_once(sizes, length):
     assert sorted(found) == sorted(want)
     # Best fit wastes less than half: two rows that are both at most half full would have been one.
     assert sum((ids > 0).sum() * 2 <= length for ids in packed.segment_ids) <= 1
+
+
+def test_what_fits_exactly_shares_a_row():
+    documents = [Document(np.full(size, size, np.int32), np.ones(size, bool)) for size in (3, 5, 8, 2, 6)]
+    packed = pack(documents, 8)
+    assert packed.tokens.tolist() == [[8] * 8, [6] * 6 + [2] * 2, [5] * 5 + [3] * 3]
+    assert packed.segment_ids.tolist() == [[1] * 8, [1] * 6 + [2] * 2, [1] * 5 + [2] * 3]
 
 
 def test_an_epoch_takes_every_row_once_in_an_order_of_its_own():
@@ -220,6 +240,17 @@ def taken(model: Transformer, batch: Batch, **how):
 
 def test_a_batch_in_parts_of_unequal_counts_is_the_batch(model, batch):
     whole, found = taken(model, batch)
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+
+    def mean(params):
+        total, count = cross_entropy(nnx.merge(graphdef, params, frozen), *batch)
+        return total / count
+
+    want, grads = jax.jit(jax.value_and_grad(mean))(params)
+    np.testing.assert_allclose(found.loss, want, rtol=1e-6)
+    for a, b, value in zip(*map(jax.tree.leaves, (whole, grads, params)), strict=True):
+        rounding = 2**-23 * float(jnp.abs(value).max())  # of value - gradient, from which it is read
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1e-3) + rounding)
     parts = jax.tree.map(lambda a: a.reshape(2, 2, -1), batch)
     summed, again = taken(model, parts, accumulate=2)
     assert float(found.tokens) == float(again.tokens) > 0
@@ -287,6 +318,7 @@ def test_held_out_loss_is_of_every_token_once_however_it_is_batched(model, tmp_p
     for batch in (1, 3, 4):
         data = Data(text, tmp_path, batch, 32, DAY)
         assert sum(int(np.asarray(one.segment_ids[:, 1:] > 0).sum()) for one in data.all()) == len(data.tokens) - 1
+        assert {one.tokens.shape for one in data.all()} == {(batch, 33)}  # compiled once
         found[batch] = evaluate(lambda one: look(params, frozen, one), data)
     tokens = Data(text, tmp_path, 1, 32, DAY).tokens
     losses = [cross_entropy(model, jnp.asarray(tokens[None, at : at + 33])) for at in range(0, len(tokens) - 1, 32)]
@@ -308,3 +340,40 @@ def test_the_load_is_that_of_the_tokens_that_are_no_padding(model, batch):
     *_, load = jax.jit(eval_step(graphdef))(params, frozen, batch)
     real = int((np.asarray(batch.segment_ids)[:, :-1] != 0).sum())
     assert np.asarray(load).sum(axis=1).tolist() == [real * model.cfg.num_experts_per_tok] * 2
+
+
+def test_a_log_is_taken_back_to_the_step_that_goes_on(tmp_path):
+    log = Log(tmp_path, 0)
+    for step in range(1, 6):
+        log.add(step, {"loss": 1.0 / step})
+    with log.file.open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill
+    Log(tmp_path, 3).add(4, {"loss": 9.0})
+    lines = [json.loads(line) for line in log.file.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+
+
+def test_the_best_step_is_kept_and_is_the_result(even_checkpoints, even_cfg, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The second of three looks is the best one, and not the last." * 2)
+    data, mesh = Data(text, tmp_path, 8, 16, DAY), jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    looks = iter([3.0, 1.0, 2.0])
+
+    def look(_looked_at, _held_out):
+        return {"held_out_loss": next(looks), "router_evenness": [1.0], "dead_experts": [0]}
+
+    def result(run: str, steps: int, best: bool = False) -> list[np.ndarray]:
+        """The sinks, which alone are trained."""
+        model, sinks = create_model_from_checkpoint(even_checkpoints["float32"], even_cfg, mesh), nnx.PathContains("sinks")
+        how = Training(steps, save_every=2, best=best)
+        model = train(model, sinks, data, data, how, mesh, tmp_path / run, lambda _: None)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, sinks))]
+
+    monkeypatch.setattr(loop, "evaluate", look)
+    best = result("best", 6, best=True)
+    assert {path.name for path in (tmp_path / "best/steps").iterdir() if path.name.isdigit()} == {"4", "6"}
+    looks = iter([3.0, 1.0])
+    four = result("four", 4)
+    assert all(np.array_equal(a, b) for a, b in zip(best, four, strict=True))
+    looks = iter([3.0, 1.0, 2.0])
+    assert any((a != b).any() for a, b in zip(result("last", 6), four, strict=True))

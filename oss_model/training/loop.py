@@ -71,7 +71,7 @@ class Log:
 def _step(line: str) -> float:
     """Of a line of the log; a kill may have cut the last one."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
 
