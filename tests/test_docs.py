@@ -28,6 +28,7 @@ NOT_RUN = {
     "aws s3 cp --recursive": "needs an account of Amazon's",
     "hf auth login": "needs an account of the hub",
     "vllm serve ./served": "needs a GPU",
+    "scripts/examples/finetune.py --lora '.*(q|k|v|o)_proj' --length 4096 --batch 4": "needs a GPU",
     "convert-oss tuned/model served --to hf --quantizer best --like openai/gpt-oss-20b --push ": "needs an account",
     "convert-oss gpt-oss-20b-packed published ": "needs an account; test_oss_model_hub has a server",
 }
