@@ -70,19 +70,21 @@ def attend(
     keys: Tokens,
     window: int | None,
     block: int | None = None,
+    before: Int[Array, ""] | None = None,
 ) -> Float[Array, "b l n d"]:
     """Grouped-query attention with sinks, in whichever form suits the sizes.
 
     Args:
-      queries, keys: where they are. The last keys are the queries' own tokens; others, of a cache, come before them.
+      queries, keys: where they are.
       window: how many keys a query sees; None for all.
       block: 0 for the dense form, a number for blocks of so many; by size if None.
+      before: how many keys come before the queries' own tokens. If None, these are the last ones, after those of a cache.
     """
     if block is None:
         block = 0 if q.shape[1] * k.shape[1] <= DENSE else BLOCK
     if block == 0:
         return sink_attention(q, k, v, sinks, visible(queries, keys, window))
-    return in_blocks(q, k, v, sinks, queries, keys, window, block)
+    return in_blocks(q, k, v, sinks, queries, keys, window, block, before)
 
 
 def visible(queries: Tokens, keys: Tokens, window: int | None) -> Bool[Array, "b l m"]:
@@ -115,58 +117,71 @@ def sink_attention(
 
 
 class Blocks(NamedTuple):
-    """Static. `before` blocks of keys come before those of the queries' own tokens."""
+    """How many blocks of `size` there are. Static."""
 
     size: int
-    before: int
     queries: int
     keys: int
     window: int | None
 
-    def reach(self, i, ordered) -> tuple[Array, Array]:
+    def reach(self, i, order: "Order") -> tuple[Array, Array]:
         """The first block of keys that block i of the queries looks at, and the one after the last."""
-        own = self.before + i
-        first = jnp.maximum(own - 1, 0) if self.window is not None else jnp.zeros_like(own)
-        return jnp.where(ordered, first, 0), jnp.where(ordered, own + 1, self.keys)
+        own = order.before + i * self.size
+        first = jnp.zeros_like(own) if self.window is None else jnp.maximum(own - self.window + 1, 0) // self.size
+        last = jnp.minimum((own + self.size - 1) // self.size + 1, self.keys)
+        return jnp.where(order.holds, first, 0), jnp.where(order.holds, last, self.keys)
 
-    def reached(self, j, ordered) -> tuple[Array, Array]:
+    def reached(self, j, order: "Order") -> tuple[Array, Array]:
         """The other way round: which queries look at block j of the keys."""
-        own = jnp.maximum(j - self.before, 0)
-        last = jnp.minimum(j - self.before + 2, self.queries) if self.window is not None else jnp.full_like(own, self.queries)
-        return jnp.where(ordered, own, 0), jnp.where(ordered, last, self.queries)
+        ahead = j * self.size - order.before
+        last = self.queries if self.window is None else (ahead + self.size + self.window - 2) // self.size + 1
+        last = jnp.minimum(last, self.queries)
+        return jnp.where(order.holds, jnp.maximum(ahead // self.size, 0), 0), jnp.where(order.holds, last, self.queries)
 
 
-def in_blocks(q, k, v, sinks, queries: Tokens, keys: Tokens, window: int | None, block: int):
+class Order(NamedTuple):
+    """
+    Attributes:
+      holds: whether places tell who may see whom (`Tokens.ordered`).
+      before: the place among the keys, as they are padded, of the first of the queries' own tokens.
+    """
+
+    holds: Bool[Array, ""]
+    before: Int[Array, ""]
+
+
+def in_blocks(q, k, v, sinks, queries: Tokens, keys: Tokens, window: int | None, block: int, before: Array | None = None):
     """`sink_attention`, block by block. Arguments as `attend`."""
     (batch, length, n, d), kv = q.shape, k.shape[2]
     size = block if window is None else max(window, min(block, NARROW))
-    earlier, after = k.shape[1] - length, -length % size
-    front = -earlier % size if earlier else 0
-    before, own = (earlier + front) // size, (length + after) // size
-    blocks = Blocks(size, before, own, before + own, window)
+    earlier = k.shape[1] - length if before is None else 0
+    front = -earlier % size
+    blocks = Blocks(size, -(-length // size), -(-(front + k.shape[1]) // size), window)
 
-    def padded(a, left, value=0):
-        return jnp.pad(a, ((0, 0), (left, after), *((0, 0),) * (a.ndim - 2)), constant_values=value)
+    def padded(a, left, count, value=0):
+        right = count * size - left - a.shape[1]
+        return jnp.pad(a, ((0, 0), (left, right), *((0, 0),) * (a.ndim - 2)), constant_values=value)
 
     marks = []
-    for tokens, left in ((queries, 0), (keys, front)):
+    for tokens, left, count in ((queries, 0, blocks.queries), (keys, front, blocks.keys)):
         segments = jnp.zeros_like(tokens.positions) if tokens.segments is None else tokens.segments
-        marks.append((padded(tokens.positions, left, PADDING), padded(segments, left)))
-    heads = padded(q.reshape(batch, length, kv, n // kv, d), 0)
+        marks.append((padded(tokens.positions, left, count, PADDING), padded(segments, left, count)))
+    heads = padded(q.reshape(batch, length, kv, n // kv, d), 0, blocks.queries)
     ordered = jnp.asarray(queries.ordered)
     if earlier and window is not None:
         # The slots of a ring are in any order: all of it is one block, next to the first new token where that is no padding.
         empty, next_to = (keys.positions[:, :earlier] < 0).all(), (queries.positions[:, 0] >= 0).all()
-        ordered &= (blocks.before == 1) & (empty | next_to)
-    given = heads, padded(k, front), padded(v, front), sinks.reshape(kv, n // kv), *marks, ordered
-    out: Array = _blockwise(*given, blocks)  # type: ignore[assignment]
+        ordered &= (earlier + front == size) & (empty | next_to)
+    order = Order(ordered, jnp.asarray(earlier + front if before is None else before, jnp.int32))
+    k, v = (padded(a, front, blocks.keys) for a in (k, v))
+    out: Array = _blockwise(heads, k, v, sinks.reshape(kv, n // kv), *marks, order, blocks)  # type: ignore[assignment]
     return out[:, :length].reshape(q.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 @functools.partial(jax.jit, static_argnums=7)
-def _blockwise(q, k, v, sinks, queries, keys, ordered, blocks: Blocks):
-    return _forward(q, k, v, sinks, queries, keys, ordered, blocks)[0]
+def _blockwise(q, k, v, sinks, queries, keys, order: Order, blocks: Blocks):
+    return _forward(q, k, v, sinks, queries, keys, order, blocks)[0]
 
 
 def _at(a, i, size):
@@ -183,7 +198,7 @@ def _logits(q, k, queries, keys, i, j, blocks: Blocks):
 
 
 @functools.partial(jax.jit, static_argnums=7)
-def _forward(q, k, v, sinks, queries, keys, ordered, blocks: Blocks):
+def _forward(q, k, v, sinks, queries, keys, order: Order, blocks: Blocks):
     """The sums, and of each query the logarithm of what it divides by, float32 [b, kv, g, l]."""
     batch, _, kv, groups, d = q.shape
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, :, None], (batch, kv, groups, blocks.size))
@@ -198,7 +213,7 @@ def _forward(q, k, v, sinks, queries, keys, ordered, blocks: Blocks):
             return higher, total * kept + weights.sum(axis=-1), out * kept[..., None] + taken
 
         start = sink, jnp.ones_like(sink), jnp.zeros((*sink.shape, d), jnp.float32)
-        top, total, out = jax.lax.fori_loop(*blocks.reach(i, ordered), step, start)
+        top, total, out = jax.lax.fori_loop(*blocks.reach(i, order), step, start)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, divisor = jax.lax.map(one, jnp.arange(blocks.queries))
@@ -206,19 +221,19 @@ def _forward(q, k, v, sinks, queries, keys, ordered, blocks: Blocks):
     return out, divisor.transpose(1, 2, 3, 0, 4).reshape(batch, kv, groups, -1)
 
 
-def _blockwise_forward(q, k, v, sinks, queries, keys, ordered, blocks: Blocks):
-    out, divisor = _forward(q, k, v, sinks, queries, keys, ordered, blocks)
-    return out, (q, k, v, sinks, queries, keys, ordered, out, divisor)
+def _blockwise_forward(q, k, v, sinks, queries, keys, order: Order, blocks: Blocks):
+    out, divisor = _forward(q, k, v, sinks, queries, keys, order, blocks)
+    return out, (q, k, v, sinks, queries, keys, order, out, divisor)
 
 
 def _blockwise_backward(blocks: Blocks, kept, slope):
-    q, k, v, sinks, queries, keys, ordered, out, divisor = kept
-    *grads, of_sinks = _backward(q, k, v, sinks, queries, keys, ordered, out, divisor, slope, blocks)
-    return (*grads, of_sinks, (None, None), (None, None), None)
+    q, k, v, sinks, queries, keys, order, out, divisor = kept
+    *grads, of_sinks = _backward(q, k, v, sinks, queries, keys, order, out, divisor, slope, blocks)
+    return (*grads, of_sinks, (None, None), (None, None), Order(None, None))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=10)
-def _backward(q, k, v, sinks, queries, keys, ordered, out, divisor, slope, blocks: Blocks):
+def _backward(q, k, v, sinks, queries, keys, order: Order, out, divisor, slope, blocks: Blocks):
     """Weights are computed again from the logits and the divisor, once for the queries and once for the keys."""
     size, scale = blocks.size, q.shape[-1] ** -0.5
     along = contract("blkgd,blkgd->bkgl", slope.astype(jnp.float32), out.astype(jnp.float32))
@@ -235,7 +250,7 @@ def _backward(q, k, v, sinks, queries, keys, ordered, out, divisor, slope, block
             return total + contract("bkglm,bmkd->blkgd", weights_and_slopes(i, j)[1], _at(k, j, size))
 
         start = jnp.zeros((q.shape[0], size, *q.shape[2:]), jnp.float32)
-        return (jax.lax.fori_loop(*blocks.reach(i, ordered), step, start) * scale).astype(q.dtype)
+        return (jax.lax.fori_loop(*blocks.reach(i, order), step, start) * scale).astype(q.dtype)
 
     def of_keys(j):
         def step(i, total):
@@ -244,7 +259,7 @@ def _backward(q, k, v, sinks, queries, keys, ordered, out, divisor, slope, block
             return total[0] + of_k, total[1] + contract("bkglm,blkgd->bmkd", weights, _at(slope, i, size))
 
         start = jnp.zeros((k.shape[0], size, *k.shape[2:]), jnp.float32)
-        of_k, of_v = jax.lax.fori_loop(*blocks.reached(j, ordered), step, (start, start))
+        of_k, of_v = jax.lax.fori_loop(*blocks.reached(j, order), step, (start, start))
         return (of_k * scale).astype(k.dtype), of_v.astype(v.dtype)
 
     def whole(parts, like):

@@ -20,25 +20,28 @@ def add_up_on_mesh(
     """Each device computes its own experts, or its slice of their inner axis, for every token that is routed to them.
 
     Tokens are gathered over the mesh axes that cut experts, and their sums scattered back. Only where the experts are
-    cut by `fsdp` alone is it the weights that are gathered, a layer at a time, and tokens stay.
+    cut by `fsdp` or `context` alone is it the weights that are gathered, a layer at a time, and tokens stay.
     """
-    tokens = sharding.activation_spec("bh", x.shape, mesh_shape)
+    tokens = sharding.activation_spec("blh", x.shape, mesh_shape)
+    choice, weights = (a.reshape(*x.shape[:2], -1) for a in (choice, weights))
     stored = gate_up.stored(), down.stored()
     specs = tuple({name: linear.specs(cfg, mesh_shape)[name] for name in linear.stored()} for linear in (gate_up, down))
     of_experts, of_inner = (sharding.mesh_axes(specs[0]["bias"], axis) for axis in (0, -1))
-    gathered = () if "expert" in of_experts else tuple(a for a in (*of_experts, *of_inner) if a == "fsdp")
+    gathered = () if "expert" in of_experts else tuple(a for a in (*of_experts, *of_inner) if a in sharding.SHARES)
     of_experts, of_inner = (tuple(a for a in axes if a not in gathered) for axes in (of_experts, of_inner))
     # Along these the tokens are gathered, and their sums scattered; along the others sums are added up in place.
-    token_axes = tuple(a for a in sharding.mesh_axes(tokens, 0) if a in of_experts + of_inner)
+    token_axes = tuple(a for n in (0, 1) for a in sharding.mesh_axes(tokens, n) if a in of_experts + of_inner)
     sum_axes = tuple(a for a in of_experts + of_inner if a not in token_axes)
 
     def whole(array: Array, spec: PartitionSpec) -> Array:
         for axis in range(len(spec)):
-            if set(gathered) & set(sharding.mesh_axes(spec, axis)):
-                array = jax.lax.all_gather(array, gathered, axis=axis, tiled=True)
+            if shares := tuple(a for a in sharding.mesh_axes(spec, axis) if a in gathered):
+                array = jax.lax.all_gather(array, shares, axis=axis, tiled=True)
         return array
 
     def local(x, choice, weights, *stored):
+        shape = x.shape
+        x, choice, weights = (a.reshape(-1, a.shape[-1]) for a in (x, choice, weights))
         gate_up, down = jax.tree.map(whole, stored, specs)
         if token_axes:
             x, choice, weights = (jax.lax.all_gather(a, token_axes, tiled=True) for a in (x, choice, weights))
@@ -48,7 +51,8 @@ def add_up_on_mesh(
             down["bias"] = down["bias"] * (jax.lax.axis_index(of_inner) == 0).astype(down["bias"].dtype)
         total = add_up(x, choice, weights, gate_up, down, cfg)
         total = jax.lax.psum(total, sum_axes) if sum_axes else total
-        return (jax.lax.psum_scatter(total, token_axes, tiled=True) if token_axes else total).astype(x.dtype)
+        total = jax.lax.psum_scatter(total, token_axes, tiled=True) if token_axes else total
+        return total.astype(x.dtype).reshape(shape)
 
     inputs = (tokens, tokens, tokens, *specs)
     # check_vma: the paths start their sums from zeros, which it would have them mark as different on every device.

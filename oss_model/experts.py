@@ -80,15 +80,16 @@ def weigh(logits: Float[Array, "t e"], choice: Int[Array, "t k"]) -> Float[Array
 
 
 def experts(
-    x: Float[Array, "t h"],
+    x: Float[Array, "b l h"],
     choice: Int[Array, "t k"],
     weights: Float[Array, "t k"],
     gate_up: ExpertLinear,
     down: ExpertLinear,
     cfg: ModelConfig,
-) -> Float[Array, "t h"]:
+) -> Float[Array, "b l h"]:
     """Sum of weight · expert(x) over the chosen experts. `oss_model.expert_paths` has the ways to compute it."""
     mesh_shape = sharding.mesh_shape()
     if mesh_shape:
         return add_up_on_mesh(x, choice, weights, gate_up, down, cfg, mesh_shape)
-    return add_up(x, choice, weights, gate_up.stored(), down.stored(), cfg).astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return add_up(rows, choice, weights, gate_up.stored(), down.stored(), cfg).astype(x.dtype).reshape(x.shape)

@@ -18,7 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from oss_model.config import ModelConfig
-from oss_model.sharding import constrain
+from oss_model.sharding import constrain, cut_rows, joined_rows, mesh_shape, slices
+
+AT_ONCE = 32768  # tokens that are looked up at a time where the embedding is cut
 
 Rope = tuple[Float[Array, "b l half"], Float[Array, "b l half"]]
 
@@ -110,8 +112,18 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l h"]:
         """A token outside the vocabulary, a negative one too, gives NaN rather than somebody else's embedding."""
-        rows = jnp.asarray(self.weight[...]).at[tokens].get(mode="fill", wrap_negative_indices=False)
-        return constrain("blh", rows.astype(self.dtype))
+        weight, (batch, length) = jnp.asarray(self.weight[...]), tokens.shape
+
+        def rows(tokens):
+            found = weight.at[tokens].get(mode="fill", wrap_negative_indices=False)
+            return constrain("blh", found.astype(self.dtype))
+
+        # On a mesh that cuts the vocabulary each device looks all tokens up in its part, before the sums are shared out.
+        chunk = max(AT_ONCE // batch // slices(), 1)
+        if not mesh_shape() or batch * length <= AT_ONCE or length % slices():
+            return rows(tokens)
+        _, found = jax.lax.scan(lambda none, part: (none, rows(part)), None, cut_rows(tokens, chunk))
+        return joined_rows(found, length)
 
 
 class RMSNorm(nnx.Module):

@@ -34,24 +34,22 @@ def cross_entropy(
     if segment_ids is not None:
         counted &= (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     x, _ = model.stream(tokens[:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1])
-    chunk, vocab = min(chunk, labels.shape[1]), model.cfg.vocab_size
+    length, vocab = labels.shape[1], model.cfg.vocab_size
     # On a mesh that can cut the vocabulary as finely as the batch: tokens are gathered, a few MB, rather than `lm_head`, once a
     # chunk and again for its gradient, 1.2 GB each time.
-    by_vocabulary = sharding.cuts_vocabulary(x.shape[0], vocab)
-    room = -labels.shape[1] % chunk
-
-    def cut(a: Array) -> Array:
-        """[batch, length, ...] -> [chunks, batch, chunk, ...]"""
-        a = jnp.pad(a, ((0, 0), (0, room), *((0, 0),) * (a.ndim - 2)))
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0)
+    by_vocabulary = sharding.cuts_vocabulary(labels.shape[0], length, vocab)
+    slices = sharding.slices()
+    chunk = min(-(-chunk // slices) if by_vocabulary else chunk, length // slices)
 
     @jax.checkpoint
     def add(total, part):
         x, labels, counted = (a.reshape(1, -1, *a.shape[2:]) if by_vocabulary else a for a in part)
-        logits = model.unembed(x).astype(jnp.float32)
+        with sharding.whole("l" if by_vocabulary else ""):
+            logits = model.unembed(x).astype(jnp.float32)
         # Not a gather, which would have the logits whole on every device.
         right = jnp.where(jnp.arange(vocab)[None, None] == labels[..., None], logits, 0).sum(axis=-1)
         return total + jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - right, 0).sum(), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (cut(x), cut(labels), cut(counted)))
+    parts = tuple(sharding.cut_rows(a, chunk) for a in (x, labels, counted))
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
     return total, counted.sum(dtype=jnp.float32)

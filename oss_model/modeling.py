@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from oss_model import attention, sharding
+from oss_model import attention, context_parallel, sharding
 from oss_model.attention import Tokens, in_order
 from oss_model.cache import EMPTY, Cache, LayerCache, capacity, next_positions
 from oss_model.config import SLIDING, ModelConfig
@@ -53,11 +53,13 @@ class AttentionBlock(nnx.Module):
         y = tap("attn_norm", self.norm, x)
         q, k, v = tap("q", self.q_proj, y), tap("k", self.k_proj, y), tap("v", self.v_proj, y)
         q, k = tap("q_rope", rotate, q, rope), tap("k_rope", rotate, k, rope)
-        seen, after = LayerCache(k, v, at.positions), None
-        if cache is not None:
+        how = self.window, self.block
+        if cache is None:
+            core, after = tap("attn_core", context_parallel.attend, q, k, v, self.sinks[...], at, *how), None
+        else:
             seen, after = cache.seen_and_stored(k, v, at.positions)
-        keys = at._replace(positions=seen.positions)
-        core = tap("attn_core", attention.attend, q, seen.keys, seen.values, self.sinks[...], at, keys, self.window, self.block)
+            keys = at._replace(positions=seen.positions)
+            core = tap("attn_core", attention.attend, q, seen.keys, seen.values, self.sinks[...], at, keys, *how)
         return x + tap("attn_out", self.o_proj, core), after
 
 
@@ -76,9 +78,7 @@ class MLPBlock(nnx.Module):
         logits = tap("router_logits", lambda: self.router(y).reshape(-1, self.cfg.num_experts))
         choice = tap("expert_choice", choose, logits, self.cfg.num_experts_per_tok)
         weights = tap("expert_weights", weigh, logits, choice)
-        rows = y.reshape(-1, y.shape[-1])
-        out = tap("mlp_out", lambda: experts(rows, choice, weights, self.gate_up, self.down, self.cfg).reshape(x.shape))
-        return x + out
+        return x + tap("mlp_out", experts, y, choice, weights, self.gate_up, self.down, self.cfg)
 
 
 class TransformerBlock(nnx.Module):

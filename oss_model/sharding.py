@@ -1,7 +1,7 @@
 """Mesh axes -> how every parameter and activation is cut.
 
-Meshes have axes named `fsdp`, `tensor` and `expert`, any of them, of any size. Which axis of which array goes to which
-mesh axis follows from the names of the array's own axes: a parameter's from `oss_model.layouts`, an activation's from
+Meshes have axes named `fsdp`, `tensor`, `expert` and `context`, any of them, of any size. Which axis of which array goes to
+which mesh axis follows from the names of the array's own axes: a parameter's from `oss_model.layouts`, an activation's from
 the letters of einsum strings. Activations follow the mesh that is set (`with jax.set_mesh(mesh): …`).
 
 - `fsdp`: the batch, and every parameter along its first axis, which is how the checkpoint is cut into chunks: a process
@@ -9,14 +9,18 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
 - `tensor`: attention heads, the inner axis of the experts, the vocabulary.
 - `expert`: the experts, the vocabulary, and the batch. Experts stay where they are and tokens travel
   (`oss_model.expert_parallel`); with it on, `fsdp` cuts the experts further and moves no weights either.
+- `context`: the length (`oss_model.context_parallel`), and the parameters as `fsdp` does.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,17 +29,18 @@ from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import size
 
-AXES = ("expert", "tensor", "fsdp")
+AXES = ("expert", "tensor", "fsdp", "context")
+SHARES = ("fsdp", "context")  # along these parameters are kept in shares, and gathered where they are used
 
 # Mesh axis -> axes of a parameter that it may cut: the first, in the parameter's own order, that it divides.
 PARAMETERS = {
     "expert": ("experts", "vocab"),
     "tensor": ("heads", "kv", "vocab", "inner", "inner_groups"),
-    "fsdp": ("experts", "heads", "kv", "vocab", "inner", "inner_groups", "hidden"),
+    **dict.fromkeys(SHARES, ("experts", "heads", "kv", "vocab", "inner", "inner_groups", "hidden")),
 }
-# The same for activations: b batch (or tokens), n heads, k kv heads, v vocab (where there is no batch to cut). Other letters
-# are never cut.
-ACTIVATIONS = {"expert": "bv", "tensor": "nkv", "fsdp": "bv"}
+# The same for activations: b batch, l length, n heads, k kv heads, v vocab (where there is nothing before it to cut). Other
+# letters are never cut.
+ACTIVATIONS = {"expert": "bv", "tensor": "nkv", "fsdp": "bv", "context": "lv"}
 WHOLE_BYTES = 64 << 20  # an array larger than this may be on no two devices alike
 
 
@@ -68,7 +73,7 @@ def partition_spec(axes: Sequence[str], cfg: ModelConfig, mesh_shape: Mapping[st
     if cfg.param_dtype == "mxfp4":
         sizes["inner"] = sizes["inner_groups"]  # packed experts are cut between blocks only
     if "experts" in axes:  # along `hidden` they would have to be gathered, with expert parallelism too
-        rules["fsdp"] = tuple(axis for axis in rules["fsdp"] if axis != "hidden")
+        rules |= {share: tuple(axis for axis in rules[share] if axis != "hidden") for share in SHARES}
     if mesh_shape is not None and sizes["inner"] % mesh_shape.get("tensor", 1):
         rules["tensor"] += ("experts",)  # where the inner axis cannot be cut
     return _partition(axes, sizes, mesh_shape, rules)
@@ -173,16 +178,55 @@ def replicated(x: jax.Array) -> jax.Array:
 
 def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """The cut of an activation whose axes have these letters."""
-    return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, ACTIVATIONS)
+    rules = {axis: [letter for letter in letters if letter not in _whole.get()] for axis, letters in ACTIVATIONS.items()}
+    return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, rules)
 
 
-def cuts_vocabulary(batch: int, vocab: int) -> bool:
-    """Whether the mesh that is set cuts so many rows, and can cut logits along the vocabulary by all that cuts them instead."""
+_whole: ContextVar[str] = ContextVar("oss_model_whole", default="")
+
+
+@contextmanager
+def whole(letters: str) -> Iterator[None]:
+    """Activations inside are not cut along the axes of these letters."""
+    token = _whole.set(letters)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def slices() -> int:
+    """Into how many parts the mesh that is set cuts the length."""
+    return mesh_shape().get("context", 1)
+
+
+def cut_rows(a: jax.Array, chunk: int) -> jax.Array:
+    """[batch, length, ...] -> [chunks, batch, places, ...]: rows piece by piece, padded with zeros; see `joined_rows`.
+
+    A piece has `chunk` places of each slice of the length, so that every device has a part of each.
+    """
+    a = a.reshape(a.shape[0], slices(), -1, *a.shape[2:])
+    a = jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % chunk), *((0, 0),) * (a.ndim - 3)))
+    a = jnp.moveaxis(a.reshape(*a.shape[:2], -1, chunk, *a.shape[3:]), 2, 0)
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])
+
+
+def joined_rows(a: jax.Array, length: int) -> jax.Array:
+    """The way back from `cut_rows`."""
+    a = a.reshape(*a.shape[:2], slices(), -1, *a.shape[3:])
+    a = jnp.moveaxis(a, 0, 2)
+    a = a.reshape(*a.shape[:2], -1, *a.shape[4:])
+    return a[:, :, : length // a.shape[1]].reshape(a.shape[0], length, *a.shape[3:])
+
+
+def cuts_vocabulary(batch: int, length: int, vocab: int) -> bool:
+    """Whether the mesh that is set cuts such rows, and can cut logits along the vocabulary by all that cuts them instead."""
     shape = mesh_shape()
     if not shape:
         return False
-    rows, columns = (mesh_axes(activation_spec("bv", sizes, shape), n) for n, sizes in enumerate(((batch, 1), (1, vocab))))
-    return bool(rows) and set(rows) <= set(columns)
+    of_rows, columns = activation_spec("bl", (batch, length), shape), activation_spec("v", (vocab,), shape)
+    cuts = {axis for n in (0, 1) for axis in mesh_axes(of_rows, n)}
+    return bool(cuts) and cuts <= set(mesh_axes(columns, 0))
 
 
 def mesh_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:

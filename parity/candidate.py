@@ -272,7 +272,7 @@ class CandidateLayer:
         """The experts alone, on a routing of one's own: x [tokens, hidden], choice and weights [tokens, k]."""
         mlp = self.block(x.dtype).mlp
         routing = jnp.asarray(choice, jnp.int32), jnp.asarray(weights)
-        return np.asarray(experts.experts(jnp.asarray(x), *routing, mlp.gate_up, mlp.down, mlp.cfg))
+        return np.asarray(experts.experts(jnp.asarray(x)[None], *routing, mlp.gate_up, mlp.down, mlp.cfg))[0]
 
     def decode(self, x: np.ndarray, choice: np.ndarray) -> np.ndarray:
         """`layer_out` of every token, one at a time on the key-value cache, the routing given.

@@ -189,6 +189,12 @@ def on_mesh(subject: Subject, asked: Answers, *, axes: dict[str, int]) -> list[n
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices()[: math.prod(axes.values())])
     tokens, positions = batch(asked.rows)
+    if "context" in axes:  # a length that it can cut into slices longer than the window
+        longest, halves = tokens.shape[1], 2 * axes["context"]
+        room = math.ceil(max(longest, subject.cfg.sliding_window * axes["context"]) / halves) * halves - longest
+        tokens, positions = (
+            jnp.pad(a, ((0, 0), (0, room)), constant_values=value) for a, value in ((tokens, 0), (positions, EMPTY))
+        )
     with jax.set_mesh(mesh):
         return unpadded(_call(_logits, load(subject, mesh), tokens, positions, positions), positions)
 
@@ -339,6 +345,7 @@ def table(cfg: ModelConfig) -> dict[str, Form]:
         "mesh fsdp": _mesh(fsdp=2),
         "mesh tensor": _mesh(tensor=2),
         "mesh expert": _mesh(expert=experts),
+        "mesh context": _mesh(context=2),
         "mesh fsdp × tensor": _mesh(default=True, fsdp=2, tensor=2),
         "mesh fsdp × tensor × expert": _mesh(fsdp=2, tensor=2, expert=2),
         "cache": Form(LOGITS, cached, default=True),

@@ -162,6 +162,7 @@ def test_nothing_is_converted_before_the_options_are_good(source, text, tmp_path
         (["--lora", "nothing"], "LoRA rule 'nothing': expected to match a linear map, found no match; there are "),
         (["--lora", ".*router"], "LoRA rule '.*router': expected more than the router"),
         (["--length", "100000"], "expected more than 100000 tokens (--length), found"),
+        (["--mesh", "context=8", "--length", "40"], "context: expected rows whose length is a multiple of 16, twice"),
         (["--length", "40000"], "--length: expected at most 32768 (max_position_embeddings), found 40000"),
         (["--mesh", "fsdp"], "--mesh: expected axes and sizes such as fsdp=4,expert=2, found 'fsdp'"),
         (["--mesh", "fsdp=3"], "--mesh: expected sizes that multiply to 8 devices, found fsdp=3"),

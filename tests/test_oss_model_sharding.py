@@ -91,7 +91,7 @@ def test_packed_experts_are_cut_between_blocks_or_by_expert():
 @pytest.mark.parametrize(
     ("names", "types", "fault"),
     [
-        (("data", "fsdp"), (AxisType.Auto,) * 2, "mesh: expected axes named expert, fsdp, tensor, found 'data'"),
+        (("data", "fsdp"), (AxisType.Auto,) * 2, "mesh: expected axes named context, expert, fsdp, tensor, found 'data'"),
         (("expert", "fsdp"), (AxisType.Explicit,) * 2, "mesh: expected axes of type Auto, found Explicit; jax.make_mesh("),
     ],
 )

@@ -45,6 +45,7 @@ from oss_model import (
     ModelConfig,
     Transformer,
     add_lora,
+    context_parallel,
     create_model_from_checkpoint,
     hub,
     merge_lora,
@@ -131,9 +132,10 @@ def first_day(before: dict) -> datetime.date:
     return datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(np.int32(day.toordinal()))))
 
 
-def length_faults(length: int, cfg: ModelConfig) -> list[str]:
-    most = cfg.max_position_embeddings
-    return [f"--length: expected at most {most} (max_position_embeddings), found {length}"] if length > most else []
+def length_faults(length: int, cfg: ModelConfig, devices: jax.sharding.Mesh) -> list[str]:
+    most, slices = cfg.max_position_embeddings, devices.shape.get("context", 1)
+    found = [f"--length: expected at most {most} (max_position_embeddings), found {length}"] if length > most else []
+    return found if slices == 1 else [*found, *context_parallel.length_faults(length, cfg.sliding_window, slices)]
 
 
 def option_faults(batch: int, accumulate: int, balance: float, remat: str, best: bool, held: Data | None) -> list[str]:
@@ -303,7 +305,7 @@ def main(
     what |= {name: value for name, (value, usual) in more.items() if value != usual}
     raise_all(
         [
-            *length_faults(length, cfg),
+            *length_faults(length, cfg, devices),
             *option_faults(batch, accumulate, balance, remat, best, held),
             *data.faults(cfg),
             *([] if held is None else held.faults(cfg)),
