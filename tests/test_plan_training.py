@@ -107,6 +107,25 @@ def test_it_says_what_a_step_takes(capsys):
     assert "all-gather" in out
 
 
+def test_devices_share_a_row_by_context(capsys):
+    asked = ["--size", "tiny", "--topology", "cpu:6", "--mesh", "expert=3,context=2", "--length", "64", "--layers", "2"]
+    assert run_click(plans.main, "plan_training.py", asked) == 0
+    out = capsys.readouterr().out
+    assert "3 rows × 64 tokens on cpu:6, mesh expert 3, context 2" in out
+    assert "tokens to experts gathered " in out
+
+
+def test_it_says_what_tokens_take_that_go_to_their_experts():
+    """4,096 tokens a device, of which 31 others have each an eighth, and room for a quarter more."""
+    cfg = plans.ModelConfig.gpt_oss_20b()
+    (line,) = plans.to_experts(plans.Plan(cfg, "", (("expert", 32),), 32, 4096))
+    each = 31 * cfg.hidden_size * 2
+    assert (
+        line == f"tokens to experts sent to their experts {plans.size(640 * each)}, gathered {plans.size(4096 * each)} a layer"
+    )
+    assert not plans.to_experts(plans.Plan(cfg, "", (("fsdp", 32),), 32, 4096))
+
+
 def test_what_does_not_fit_exits_1_with_what_would(capsys, monkeypatch):
     """As on a chip that has room for the last of the changes only."""
     asked = []
@@ -145,7 +164,7 @@ def test_too_large_is_read_from_the_compilers_refusal():
         (["--topology", "v4:2x2x2"], "--topology: expected cpu:N or one of v5p, v5e, v6e such as v5p:2x2x2, found 'v4:2x2x2'"),
         (["--topology", "cpu:9"], "--topology: expected cpu:N of at most 8 devices, found 'cpu:9'"),
         (["--param-dtype", "mxfp4"], "--param-dtype mxfp4: expected --lora beside it"),
-        (["--length", "32768"], "--length: expected less than 32768 (max_position_embeddings), found 32768"),
+        (["--length", "32769"], "--length: expected at most 32768 (max_position_embeddings), found 32769"),
         (["--lora", "nothing"], "LoRA rule 'nothing': expected to match a linear map, found no match"),
     ],
 )

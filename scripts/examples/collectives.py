@@ -1,4 +1,7 @@
-"""What a compiled program sends between devices, from its HLO text; what is in a loop as often as the loop runs."""
+"""What a compiled program sends between devices, from its HLO text; what is in a loop as often as the loop runs.
+
+What only a branch sends is left out: further rounds of tokens to their experts, which a balanced router has no need of.
+"""
 
 import math
 import re
@@ -45,6 +48,8 @@ def collectives(text: str) -> list[Collective]:
             shape, operation = re.sub(r"\{[^}]*\}", "", found[1]), found[2]
             if (kind := operation.removesuffix("-start")) in KINDS:
                 counted[kind, shape] += times
+            if operation == "conditional":
+                continue
             loop = _trips(line, bodies) if operation == "while" else 1
             for called in CALLED.findall(line):
                 for other in called.split(", "):

@@ -35,10 +35,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oss_model import InputError, ModelConfig, add_lora
 from oss_model.exits import run_click
+from oss_model.expert_parallel import capacity
 from oss_model.memory import size
 from oss_model.params import abstract_model
 from oss_model.scanned import scanned
-from oss_model.sharding import activation_spec, check
+from oss_model.sharding import activation_spec, check, mesh_axes, partition_specs
 from oss_model.training import Batch, optimizer, train_step
 from oss_model.training.costs import CHIPS, Chip, flops
 
@@ -107,6 +108,11 @@ def mesh_of(devices: list[Any], axes: tuple[tuple[str, int], ...]) -> Mesh:
     mesh = Mesh(np.array(devices).reshape(sizes), [name for name, _ in axes], axis_types=(AxisType.Auto,) * len(axes))
     check(mesh)
     return mesh
+
+
+def rows_of(axes: tuple[tuple[str, int], ...]) -> int:
+    """One a device, or where `context` cuts the length one for those that share it."""
+    return math.prod(count for name, count in axes if name != "context")
 
 
 def cost(plan: Plan) -> Cost:
@@ -181,7 +187,7 @@ def _nbytes(tree: Any) -> int:
 
 def changes(plan: Plan) -> list[tuple[str, Plan]]:
     """What may make it fit, the cheapest first."""
-    found, count = [], math.prod(size for _, size in plan.mesh)
+    found, count = [], rows_of(plan.mesh)
     if plan.cfg.remat != "block":
         plan = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, remat="block"))
         found.append(("--remat block", plan))
@@ -215,6 +221,7 @@ def tell(plan: Plan, found: Cost, chip: Chip | None) -> str:
     by_kind = flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora))
     share = ", ".join(f"{name} {count / sum(by_kind.values()):.0%}" for name, count in by_kind.items())
     lines.append(f"compute           {found.flops / 1e12:.1f} TFLOP a chip and step ({share})")
+    lines += to_experts(plan)
     if chip is not None:
         sent = sum(nbytes for nbytes, _ in kinds.values())
         bounds = {
@@ -232,6 +239,21 @@ def tell(plan: Plan, found: Cost, chip: Chip | None) -> str:
     return "\n".join(lines)
 
 
+def to_experts(plan: Plan) -> list[str]:
+    """What tokens take that go to the devices of their experts, beside gathering them; nothing without an `expert` axis."""
+    mesh = dict(plan.mesh)
+    if mesh.get("expert", 1) == 1:
+        return []
+    cut = mesh_axes(partition_specs(plan.cfg, mesh)["layers.0.mlp.gate_up.bias"], 0)
+    devices, tokens = math.prod(mesh[axis] for axis in cut), plan.batch * plan.length // math.prod(mesh.values())
+    room = capacity(tokens, plan.cfg, devices)
+    exchanged, gathered = (
+        size((devices - 1) * rows * plan.cfg.hidden_size * np.dtype(plan.cfg.dtype).itemsize) for rows in (room, tokens)
+    )
+    way = f"sent to their experts {exchanged}, gathered {gathered}" if room < tokens else f"gathered {gathered}"
+    return [f"tokens to experts {way} a layer"]
+
+
 def axes(_context, _option, text: str) -> tuple[tuple[str, int], ...]:
     if not re.fullmatch(r"\w+=[1-9]\d*(,\w+=[1-9]\d*)*", text):
         raise click.BadParameter(f"expected axes and sizes such as fsdp=16,expert=4, found {text!r}")
@@ -247,7 +269,11 @@ AT_LEAST_1 = click.IntRange(min=1)
 @click.option("--topology", required=True, help="v5p:2x2x2, v5e:4x8, v6e:16x16, ...; cpu:8 for simulated devices.")
 @click.option("--mesh", required=True, callback=axes, help="Axes and sizes, such as fsdp=16,expert=4.")
 @click.option("--length", type=AT_LEAST_1, default=4096, show_default=True, help="Tokens a row.")
-@click.option("--batch", type=AT_LEAST_1, help="Rows a step, on all devices together. [default: one a device]")
+@click.option(
+    "--batch",
+    type=AT_LEAST_1,
+    help="Rows a step, on all devices together. [default: one a device, and one for those that share a row by context]",
+)
 @click.option("--param-dtype", type=click.Choice(["float32", "bfloat16", "mxfp4"]), default="float32", show_default=True)
 @click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
 @click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
@@ -263,13 +289,11 @@ def main(model, layers, topology, mesh, length, batch, param_dtype, remat, lora,
     if layers is not None:
         how |= {"num_hidden_layers": layers, "layer_types": ()}
     cfg = dataclasses.replace(cfg, **how)
-    if length >= cfg.max_position_embeddings:
-        raise InputError(
-            f"--length: expected less than {cfg.max_position_embeddings} (max_position_embeddings), found {length}"
-        )
+    if length > cfg.max_position_embeddings:
+        raise InputError(f"--length: expected at most {cfg.max_position_embeddings} (max_position_embeddings), found {length}")
     if param_dtype == "mxfp4" and not lora:
         raise InputError("--param-dtype mxfp4: expected --lora beside it, since packed experts cannot be trained, found none")
-    plan = Plan(cfg, topology, mesh, batch or math.prod(count for _, count in mesh), length, lora, rank, chosen)
+    plan = Plan(cfg, topology, mesh, batch or rows_of(mesh), length, lora, rank, chosen)
     chip, found = CHIPS.get(kind), cost(plan)
     fits = chip is None or found.used <= chip.memory
     if as_json:
