@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oss_model.buckets import path_of
-from oss_model.errors import Incomplete, InputError
+from oss_model.errors import CommandError, Incomplete, InputError, meaning
+from oss_model.hub_answers import COMMIT, looked_at, no_hub
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -80,13 +81,13 @@ def _snapshot(repository: str, revision: str | None, subfolder: str | None, down
     from huggingface_hub import constants, snapshot_download
 
     prefix = f"{subfolder}/" if subfolder else ""
-    wanted = {
+    wanted: dict = {
         "repo_id": repository,
-        "revision": revision,
         "allow_patterns": [prefix + pattern for pattern in FILES],
         "ignore_patterns": [f"{prefix}*/*"],
     }
-    with _explained(repository, revision):
+    with _explained(repository, revision), looked_at(repository):
+        wanted["revision"] = _resolved(repository, revision)
         files = _missing(wanted)
         size = sum(file.file_size or 0 for file in files)
         if files and not download:
@@ -109,13 +110,33 @@ def _snapshot(repository: str, revision: str | None, subfolder: str | None, down
     raise AssertionError("the last attempt returns or raises")
 
 
+def _resolved(repository: str, revision: str | None) -> str:
+    """The revision, and its commit with it; that in the cache where the hub does not let us in any more."""
+    from huggingface_hub import HfApi, constants, errors
+
+    named = revision or constants.DEFAULT_REVISION
+    try:
+        found = HfApi().resolve_revision(repository, revision=named)
+    except errors.HfHubHTTPError as error:
+        if isinstance(error, errors.RevisionNotFoundError):
+            raise
+        try:
+            found = HfApi().resolve_revision(repository, revision=named, local_files_only=True)
+        except errors.RevisionResolutionError:
+            raise error from None
+    if not COMMIT.fullmatch(str(found.resolved)):  # it becomes part of paths
+        raise no_hub(repository, f"expected a commit, found {str(found.resolved)[:80]!r}")
+    return found
+
+
 def _missing(wanted: dict) -> list:
     """What would be downloaded; nothing where the hub cannot be asked, which `snapshot_download` then says."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
     try:
-        return [file for file in snapshot_download(**wanted, dry_run=True) if file.will_download]  # type: ignore[union-attr]
+        with quietly():
+            return [file for file in snapshot_download(**wanted, dry_run=True) if file.will_download]  # type: ignore[union-attr]
     except DryRunError:
         return []
 
@@ -173,7 +194,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{repository}: --revision: expected a branch, tag or commit, found no {revision}") from None
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as error:
         why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub cannot be reached: {reason(error.__cause__ or error)}"
         raise InputError(
             f"{repository}{at}: expected a directory, or a hub repository in the cache, found neither, or not all of it; {why}"
@@ -181,8 +202,10 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise InputError(f"{repository}: expected a directory or a hub repository, found neither ({reason(error)})") from None
     except Exception as error:
-        if not is_hubs(error):
+        if isinstance(error, CommandError | MemoryError) or meaning(error) is not None:
             raise
+        if not is_hubs(error):  # the library stumbles over what it was told
+            raise no_hub(repository, f"{type(error).__name__}: {reason(error)}") from None
         if not may_pass(error):
             raise InputError(
                 f"{repository}{at}: expected files that may be downloaded, found an error: {reason(error)}"

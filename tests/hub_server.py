@@ -6,9 +6,11 @@ import json
 import threading
 import urllib.parse
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+Answer = tuple[int, dict[str, str], bytes]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -26,6 +28,8 @@ class Hub:
       made: repositories that were made -> what was said of them.
       pushed: path -> content, of the last commit; large files go to `stored`, by their hash, before.
       refused: the status by which the next uploads of large files are answered, and how many of them.
+      says: makes of "info", "tree", or the method and name of a file, with status, headers and content of a good answer, what
+        is answered instead; bytes are sent as they are, as the whole of it.
     """
 
     def __init__(self, directories: dict[str, Path], repository: str = "openai/gpt-oss-20b"):
@@ -43,6 +47,7 @@ class Hub:
         self.pushed: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}
         self.refused = (503, 0)
+        self.says: Callable[[str, Answer], Answer | bytes] = lambda kind, answer: answer
         hub = self
 
         class Handler(_Handler):
@@ -51,6 +56,11 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def constants(self) -> dict[str, str]:
+        """Those of huggingface_hub, where it is imported already: it reads its environment once."""
+        return {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}"}
 
     def close(self) -> None:
         self.server.shutdown()
@@ -122,12 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.startswith((api, resolve)):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-            return self._send(200, json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": []}).encode())
+            return self._says("info", json.dumps({"id": hub.repository, "sha": COMMIT, "siblings": []}).encode())
         if path.startswith(f"{api}/revision/"):
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if path.startswith(f"{api}/tree/"):
             found = [{"type": "file", "path": name, "size": len(data), "oid": _id(data)} for name, data in hub.files.items()]
-            return self._send(200, json.dumps(found).encode())
+            return self._says("tree", json.dumps(found).encode())
         return self._file(path.removeprefix(resolve).partition("/")[2], body)
 
     def _file(self, name: str, body: bool) -> None:
@@ -137,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_id(data)}"', "Accept-Ranges": "bytes"}
         if not body:
-            return self._send(200, b"", headers | {"Content-Length": str(len(data) + (name in hub.lies))})
+            return self._says(f"HEAD {name}", b"", headers | {"Content-Length": str(len(data) + (name in hub.lies))})
         hub.asked[name] += 1
         if hub.busy:
             hub.busy -= 1
@@ -152,7 +162,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return None
-        return self._send(206 if start else 200, rest, headers)
+        return self._says(f"GET {name}", rest, headers, 206 if start else 200)
+
+    def _says(self, kind: str, data: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        said = self.served.says(kind, (status, headers or {}, data))
+        if not isinstance(said, bytes):
+            return self._send(said[0], said[2], said[1])
+        self.close_connection = True
+        self.wfile.write(said)
+        return None
 
     def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

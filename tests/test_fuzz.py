@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from converter.adapters import peft_config
-from oss_model import InputError, ModelConfig
+from oss_model import InputError, ModelConfig, hub_answers
 from oss_model.files import parse_json
 from oss_model.lora_note import read_note
 
@@ -41,6 +41,23 @@ def test_a_crash_would_be_seen(tmp_path):
     assert counts["CRASH TypeError"] > 10
     assert len(list(tmp_path.glob("file-*"))) == counts["CRASH TypeError"]
     assert file.read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "seen"),
+    [
+        (b'"ETag": "', b'"ETag": "../../../../x', "writes outside its cache"),
+        (b'"status": 200', b'"status": 429', "waits for hours"),
+    ],
+)
+def test_a_hub_that_has_its_way_would_be_seen(tmp_path, monkeypatch, before, after, seen):
+    monkeypatch.setattr(hub_answers, "_look", lambda *_: None)
+    target = fuzz.hub_targets(tmp_path / "hub")["hub's headers"]
+    text = target.file.read_bytes().replace(before, after).replace(b'"Accept-Ranges": "bytes"', b'"Retry-After": "9999"')
+    assert after in text
+    target.file.write_bytes(text)
+    with pytest.raises(AssertionError, match=seen):
+        target.use()
 
 
 def test_nesting_too_deep_is_no_json(tmp_path):

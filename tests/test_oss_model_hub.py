@@ -1,5 +1,6 @@
 """Repositories of the Hugging Face hub in place of directories, against a server that speaks its endpoints."""
 
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import pytest
 from hub_server import COMMIT, Hub
 
 from oss_model import hub as hub_of
+from oss_model import hub_answers
+from oss_model.errors import Incomplete
 
 REPOSITORY = "openai/gpt-oss-20b"
 
@@ -251,3 +254,127 @@ def test_what_is_a_repository_and_what_is_a_path(monkeypatch, tmp_path):
     assert [text for text in ("openai/gpt-oss-20b", "a-b/c.d", "run/model", "run/typo", "./a/b", "a/b/c", "a", "/a/b", "~/a") if
             hub_of.is_id(text)] == ["openai/gpt-oss-20b", "a-b/c.d"]  # fmt: skip
     assert hub_of.origin(tmp_path) is None
+
+
+# --- a server that is no hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def download(server, tmp_path, monkeypatch):
+    """`hub.local`, into a cache three directories below `tmp_path`."""
+    from huggingface_hub import constants
+
+    for name, value in (server.constants | {"HF_HUB_CACHE": str(tmp_path / "a/b/cache")}).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hub_of, "WAIT_SECONDS", 0.0)
+    return lambda: hub_of.local(REPOSITORY)
+
+
+def outside(tmp_path: Path) -> list[Path]:
+    return [path for path in tmp_path.rglob("*") if not path.is_dir() and tmp_path / "a/b/cache" not in path.parents]
+
+
+def told(kinds: str, status: int = 200, data: bytes | None = None, **headers: str):
+    """Where `kinds` begins the kind of an answer: these headers, with - for _, and this content."""
+    changed = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def says(kind, answer):
+        if not kind.startswith(kinds):
+            return answer
+        return status, answer[1] | changed, answer[2] if data is None else data
+
+    return says
+
+
+INFO = {"id": REPOSITORY, "sha": COMMIT}
+LEADS_OUT = "../../../../../stolen"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (told("info", data=b"<html>Log in to the network</html>"), "JSONDecodeError: Expecting value"),
+        (told("info", data=b'"\xc3("'), "UnicodeDecodeError"),
+        (told("info", data=b"[" * 100_000), "RecursionError"),
+        (told("info", data=b"[]"), "TypeError"),
+        (told("info", data=b'{"sha": "x"}'), "KeyError: 'id'"),
+        (told("info", data=json.dumps(INFO | {"sha": None}).encode()), "must have a revision sha"),
+        (told("info", data=json.dumps(INFO | {"sha": LEADS_OUT}).encode()), f"expected a commit, found '{LEADS_OUT}'"),
+        (told("info", data=json.dumps(INFO | {"sha": 7}).encode()), "TypeError"),
+        (told("tree", data=b'[{"path": "config.json"}]'), "KeyError"),
+        (told("tree", data=b'[{"type": "file", "path": 7, "size": 1, "oid": "x"}]'), "is not a string"),
+        (told("tree", data=b" " * (hub_answers.LIST_BYTES + 1)), "expected at most 16,777,216 bytes about a repository"),
+        (told("tree", data=gzip.compress(bytes(10**8)), Content_Encoding="gzip"), "expected no content-encoding, found 'gzip'"),
+        (told("HEAD", ETag=f'"{LEADS_OUT}"'), f"expected another etag, found '\"{LEADS_OUT}\"'"),
+        (told("HEAD", X_Linked_ETag="/etc/passwd"), "expected another x-linked-etag, found '/etc/passwd'"),
+        (told("HEAD", ETag='".."'), "expected another etag"),
+        (told("HEAD", X_Repo_Commit=LEADS_OUT), "expected another x-repo-commit"),
+        (told("HEAD", X_Repo_Commit="1" * 40), f"expected a file of the commit {COMMIT}, found '{'1' * 40}'"),
+        (told("HEAD", X_Linked_Size="9" * 400), "expected another x-linked-size"),
+        (told("GET", 206, Content_Range="bytes 0-5/*"), "expected another content-range"),
+        (told("HEAD", 302, Location="http://[::1"), "ValueError: Invalid IPv6 URL"),
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_of_a_hub_is_a_line(server, download, tmp_path, said, found):
+    server.says = said
+    with pytest.raises(hub_of.InputError) as caught:
+        download()
+    line = str(caught.value)
+    assert line.startswith(f"{REPOSITORY}: expected the answers of a hub, found something else (")
+    assert found in line
+    assert line.endswith("); is HF_ENDPOINT that of one?")
+    assert not outside(tmp_path)
+    server.says = lambda kind, answer: answer
+    assert len(list(download().iterdir())) == 5  # nothing of it stays
+
+
+def test_files_that_lie_elsewhere_are_not_downloaded(server, download, tmp_path):
+    names = ["../config.json", "/config.json", "a/b.json", f"{LEADS_OUT}.json", "..", "config.json"]
+    files = [{"type": "file", "path": name, "size": 1, "oid": "x"} for name in names]
+    server.says = told("tree", data=json.dumps(files).encode())
+    assert [path.name for path in download().iterdir()] == ["config.json"]
+    assert not outside(tmp_path)
+
+
+@pytest.mark.parametrize("path", [f"/api/models/{REPOSITORY}/tree/main?x", "/elsewhere"])
+def test_a_list_of_files_without_end_is_a_line(server, download, path):
+    server.says = told("tree", Link=f'<{server.url}{path}>; rel="next"')
+    with pytest.raises(hub_of.InputError, match="expected at most 100 pages, of /api/models/, found 'http://127"):
+        download()
+
+
+@pytest.mark.parametrize("headers", [{"Retry_After": "9" * 30}, {"Retry_After": "601"}, {"RateLimit": '"api";r=0;t=100000'}])
+def test_nobody_waits_for_hours(server, download, headers):
+    server.says = told("HEAD", 429, **headers)
+    with pytest.raises(Incomplete, match="the hub lets nobody in for more than 10 minutes; run the same command later"):
+        download()
+
+
+def test_whoever_set_a_client_has_it_back(server, download):
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    made = []
+
+    def make():
+        made.append(_http.default_client_factory())
+        return made[-1]
+
+    set_client_factory(make)
+    try:
+        assert download().is_dir()
+        assert _http._GLOBAL_CLIENT_FACTORY is make
+        assert len(made) == 1  # with what looks at answers
+        assert _http.get_session() is made[1]
+        assert all(len(hooks) <= 1 for hooks in made[1].event_hooks.values())
+    finally:
+        set_client_factory(_http.default_client_factory)
+
+
+def test_who_is_let_in_no_more_has_what_is_in_the_cache(server, download):
+    there = download()
+    server.token = "hf_secretsecretsecret"
+    assert download() == there
+    shutil.rmtree(there.parents[1] / "refs")
+    with pytest.raises(hub_of.InputError, match="one that is private takes `hf auth login`"):
+        download()

@@ -10,6 +10,7 @@ accepted must be what was there before the damage, or what the safetensors libra
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -22,13 +23,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from converter import convert
 from converter.adapters import convert_adapter
 from converter.audit import verify_checkpoint
 from converter.errors import Different
 from converter.inspection import inspect
-from oss_model import ModelConfig, add_lora, create_model_from_checkpoint, eos_tokens, save_lora
+from oss_model import ModelConfig, add_lora, create_model_from_checkpoint, eos_tokens, hub, save_lora
 from oss_model.exits import BUG, ending
 from oss_model.params import Loader
 from oss_model.shards import Checkpoint
@@ -38,7 +40,8 @@ from parity.recording import Recording
 SECONDS, BYTES = 10.0, 500 << 20
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**60, 2**63, -(2**63), 10**400, 0.5, math.nan, math.inf, -math.inf, -0.0,
-    "", " ", "../x", "/etc/passwd", "..", "a/b", "\x00", "é\u202e", "x" * 10_000, "BF16", "U8", "mxfp4", "bfloat16",
+    "", " ", "../x", "../../../../x", "/etc/passwd", "..", "a/b", "\x00", "é\u202e", "x" * 10_000, "BF16", "U8",
+    "mxfp4", "bfloat16",
     [], [[]], {}, {"": {}}, [0] * 1000, ["a"], [2**40, 2**40],
 ]  # fmt: skip
 
@@ -115,7 +118,69 @@ def targets(root: Path) -> dict[str, Target]:
         "conversion.json, inspected": Target(orbax / "conversion.json", False, lambda: inspect(orbax).layout),
         "export's conversion.json": Target(served / "conversion.json", False, lambda: verified(served)),
         "recording": Target(root / "golden/manifest.json", False, lambda: Recording(root / "golden").sizes),
-    }
+    } | hub_targets(root / "hub")
+
+
+def hub_targets(root: Path) -> dict[str, Target]:
+    """What a hub says of a repository, of the files in it, and in the headers of one: each lies in a file, as it is sent."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    from hub_server import Answer, Hub  # type: ignore[import-not-found]
+
+    (root / "there").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (root / "there" / name).write_text(name)
+    served = Hub({"": root / "there"})
+    files = {kind: root / f"{kind}.json" for kind in ("info", "tree", "headers")}
+
+    def learn(kind: str, answer: Answer) -> Answer:
+        status, headers, data = answer
+        if kind in files:
+            files[kind].write_bytes(data)
+        if kind.endswith(" model.safetensors"):
+            length = {"X-Linked-Size": str(len("model.safetensors"))} if kind.startswith("HEAD") else {}
+            heads[kind] = {"status": status, "headers": headers | {"Content-Length": str(len("model.safetensors"))} | length}
+        return answer
+
+    def say(kind: str, answer: Answer) -> Answer | bytes:
+        status, headers, data = answer
+        if kind in files:
+            return status, headers, files[kind].read_bytes()
+        if not kind.endswith(" model.safetensors"):
+            return answer
+        text = files["headers"].read_bytes()
+        try:
+            said = json.loads(text)[kind]
+            lines = [f"HTTP/1.1 {said['status']} OK", *(f"{key}: {value}" for key, value in said["headers"].items())]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # bytes that were JSON: a line a header
+            own = text.partition(kind.encode())[2].partition(b'"headers": ')[2].partition(b"}")[0]
+            return b"HTTP/1.1 200 OK\r\n" + own.translate(None, b'"{').replace(b", ", b"\r\n") + b"\r\n\r\n" + data
+        return "\r\n".join([*lines, "", ""]).encode(errors="surrogatepass") + data
+
+    def downloaded() -> dict[str, bytes]:
+        """Into a cache of its own each time. Waiting is not waited for."""
+        from huggingface_hub import constants
+
+        home, waits = root / "home", []
+        cache = str(home / "cache" / str(next(numbers)))
+        try:
+            with mock.patch.multiple(constants, HF_HUB_CACHE=cache, **served.constants), mock.patch("time.sleep", waits.append):
+                directory = hub.local(served.repository)
+            found = [path.resolve() for path in directory.iterdir()]
+            assert all(path.is_relative_to(home.resolve()) for path in found), "reads outside its cache"
+            return {path.name: path.read_bytes() for path in directory.iterdir()}
+        finally:
+            there = {path.relative_to(root).parts[:2] for path in root.rglob("*")}
+            shutil.rmtree(home, ignore_errors=True)
+            assert there <= known | {("home",), ("home", "cache")}, "writes outside its cache"
+            assert sum(waits) < 3600, "waits for hours"
+
+    numbers, heads = itertools.count(), {}
+    known = {path.relative_to(root).parts for path in root.rglob("*")} | {(file.name,) for file in files.values()}
+    served.says = learn
+    downloaded()
+    files["headers"].write_text(json.dumps(heads))
+    served.says = say
+    return {f"hub's {kind}": Target(file, False, downloaded) for kind, file in files.items()}
 
 
 def damaged(data: bytes, header: bool, rng: random.Random) -> bytes:
