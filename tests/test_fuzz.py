@@ -22,7 +22,9 @@ SPEC.loader.exec_module(fuzz)
 def test_nothing_hostile_ends_in_a_traceback(tmp_path):
     (tmp_path / "keep").mkdir()
     (tmp_path / "work").mkdir()
-    for name, target in fuzz.targets(tmp_path / "work").items():
+    targets = fuzz.targets(tmp_path / "work")
+    assert tuple(targets) == fuzz.FORMATS
+    for name, target in targets.items():
         counts = fuzz.tried(name, target, 60, random.Random(name), tmp_path / "keep")
         assert sum(counts.values()) == 60
         assert counts.keys() <= {"a line", "as before", "accepted"}, (name, counts)

@@ -44,6 +44,11 @@ HOSTILE: list[Any] = [
     "mxfp4", "bfloat16",
     [], [[]], {}, {"": {}}, [0] * 1000, ["a"], [2**40, 2**40],
 ]  # fmt: skip
+FORMATS = (
+    "safetensors", "index", "config.json", "generation_config.json", "adapter_config.json", "adapter_model", "lora.json",
+    "_METADATA", "zarr.json", "conversion.json", "conversion.json, inspected", "export's conversion.json", "recording",
+    "hub's info", "hub's tree", "hub's headers",
+)  # fmt: skip
 
 
 class Target(NamedTuple):
@@ -247,33 +252,55 @@ def tried(name: str, target: Target, inputs: int, rng: random.Random, keep: Path
     for number in range(inputs):
         bad = damaged(whole, target.header, rng)
         target.file.write_bytes(bad)
-        start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        try:
-            found = "as before" if target.use() == right else "accepted"
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            code = ending(error)[0]
-            found = "a line" if code in (1, 2, 3) else f"CRASH {type(error).__name__}" if code == BUG else f"exit {code}"
-        if time.monotonic() - start > SECONDS:
-            found = "SLOW"
-        if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10 > BYTES:
-            found = "LARGE"
+        found = outcome(target, right)
         counts[found] += 1
-        if found.isupper() or found.startswith("CRASH"):
+        if is_wrong(found):
             (keep / f"{name.replace(' ', '-')}-{number}").write_bytes(bad)
     target.file.write_bytes(whole)
     return counts
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=20_000, help="of each format")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of each format, at the most")
-    parser.add_argument("--only", action="append", metavar="FORMAT")
+def outcome(target: Target, right: Any) -> str:
+    """
+    Args:
+      right: the result of what was there before the damage.
+    """
+    start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        found = "as before" if target.use() == right else "accepted"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        code = ending(error)[0]
+        found = "a line" if code in (1, 2, 3) else f"CRASH {type(error).__name__}" if code == BUG else f"exit {code}"
+    if time.monotonic() - start > SECONDS:
+        found = "SLOW"
+    if (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10 > BYTES:
+        found = "LARGE"
+    return found
+
+
+def is_wrong(found: str) -> bool:
+    return found.isupper() or found.startswith(("CRASH", "exit"))
+
+
+def row(name: str, counts: Counter[str], seconds: float) -> str:
+    said = ", ".join(f"{count:,} {how}" for how, count in counts.most_common())
+    return f"{name:32} {counts.total():>7,} inputs {seconds:6.0f} s   {said}"
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=20_000, help="of each format, at the least")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of CPU time of each format, at the least")
+    parser.add_argument("--only", action="append", metavar="FORMAT", choices=FORMATS, help="one of them, several times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzzed"), help="where inputs that ended wrongly go")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = arguments(__doc__).parse_args(argv)
     given.keep.mkdir(exist_ok=True)
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -282,12 +309,10 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             start, counts = time.process_time(), Counter()
             rng = random.Random(f"{given.seed} {name}")
-            while sum(counts.values()) < given.inputs and time.process_time() - start < given.minutes * 60:
-                counts += tried(name, target, min(200, given.inputs - sum(counts.values())), rng, given.keep)
-            bad = sum(count for how, count in counts.items() if how.isupper() or how.startswith("CRASH"))
-            wrong += bad
-            said = ", ".join(f"{count:,} {how}" for how, count in counts.most_common())
-            print(f"{name:32} {sum(counts.values()):>7,} inputs {time.process_time() - start:6.0f} s   {said}", flush=True)
+            while (left := given.inputs - counts.total()) > 0 or time.process_time() - start < given.minutes * 60:
+                counts += tried(name, target, min(200, left) if left > 0 else 200, rng, given.keep)
+            wrong += sum(count for how, count in counts.items() if is_wrong(how))
+            print(row(name, counts, time.process_time() - start), flush=True)
     print(f"{wrong} ended wrongly" + (f": see {given.keep}" if wrong else ""))
     return int(wrong > 0)
 
