@@ -7,6 +7,7 @@ An input that comes to lines no other has come to is kept, and damaged further: 
 libFuzzer does. Each format has a process of its own. Prints a row a format, as `fuzz.py` does.
 """
 
+import importlib
 import os
 import random
 import subprocess
@@ -17,8 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-import atheris  # type: ignore[import-not-found]
-
+atheris: Any = importlib.import_module("atheris")
 OURS = ["converter", "oss_model", "parity", "huggingface_hub"]
 SCRATCH = "FUZZ_SCRATCH"
 with atheris.instrument_imports(include=OURS):
