@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from oss_model.scanned import scanned
 from oss_model.shards import Checkpoint
 from oss_model.taps import Layer, tapping
 from parity.device import here
+from parity.handing import Job, Result, read_job, read_results, write_job, write_results
 from parity.protocols import Answers, Arrays, Taps, Updates
 
 LOGITS, TOKENS, GRADIENTS, UPDATED = "logits", "tokens", "gradients", "updated logits"
@@ -47,7 +47,6 @@ class Subject(NamedTuple):
     cfg: ModelConfig
 
 
-Result = list[np.ndarray] | Arrays | str
 WATCHED = "watched"
 BLOCK = 8  # of attention: several of them in a short row
 LONG_FORM = "long"  # asked for by itself, never among the others
@@ -432,30 +431,25 @@ class Forms:
     def _simulated(self, runs: list[tuple[str, str]], asked: Answers) -> Iterator[tuple[str, str, Any]]:
         """In a child process with simulated devices."""
         with tempfile.TemporaryDirectory() as scratch:
-            job, result = Path(scratch) / "job", Path(scratch) / "result"
-            job.write_bytes(pickle.dumps((self.path, self.cfg, self.packed, runs, asked)))
+            write_job(Path(scratch), Job(self.path, self.cfg, self.packed, runs, asked))
             devices = max(table(self.cfg)[form].devices for form, _ in runs)
             flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
             environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-            command = [sys.executable, "-m", "parity.forms", str(job), str(result)]
+            command = [sys.executable, "-m", "parity.forms", scratch]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if result.exists():
-                found = pickle.loads(result.read_bytes())
-            else:
+            found = read_results(Path(scratch))
+            if found is None:
                 last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
                 found = [f"its process with {devices} simulated devices ended: {last}"] * len(runs)
             for (form, dtype), one in zip(runs, found, strict=True):
                 yield form, dtype, one
 
 
-def main(job: str, result: str) -> None:
-    """A child's: runs what `job` holds, and writes what that gave."""
-    path, cfg, packed, runs, asked = pickle.loads(Path(job).read_bytes())
-    subject = Forms(path, cfg, packed)
-    found = [subject.one(form, dtype, asked) for form, dtype in runs]
-    aside = Path(f"{result}.partial")
-    aside.write_bytes(pickle.dumps(found))
-    aside.rename(result)
+def main(scratch: str) -> None:
+    """A child's: runs the job in `scratch`, and writes there what that gave."""
+    job = read_job(Path(scratch))
+    subject = Forms(job.path, job.cfg, job.packed)
+    write_results(Path(scratch), [subject.one(form, dtype, job.asked) for form, dtype in job.runs])
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Recorder:
     def answers(self, question: Question) -> Answers:
         found = self.oracle.answers(question)
         self.described["forms"] = _asked(question) | {"eos": list(found.eos)}
-        self.write("forms", _flat(found))
+        self.write("forms", flat(found))
         return found
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
@@ -245,7 +245,7 @@ class Recording:
             name: wanted[name] for name in wanted if name != "kinds"
         }:
             raise Unanswered(f"recorded for another model or replica: {noted}, now {wanted}")
-        return _answers(self.read("forms"), tuple(noted["eos"]))
+        return answers_of(self.read("forms"), tuple(noted["eos"]))
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
         raise Unanswered("a recording has no taps of run forms")
@@ -303,12 +303,12 @@ def _asked(question: Question) -> dict[str, Any]:
     return {"replica": replica, "lengths": list(question.lengths), "new": question.new, "kinds": sorted(question.kinds)}
 
 
-def _flat(answers: Answers) -> Arrays:
+def flat(answers: Answers) -> Arrays:
     flat = {f"{name}.{n}": one for name in _LISTS for n, one in enumerate(getattr(answers, name) or ())}
     return flat | {f"gradient {name}": value for name, value in (answers.gradients or {}).items()}
 
 
-def _answers(flat: Arrays, eos: tuple[int, ...]) -> Answers:
+def answers_of(flat: Arrays, eos: tuple[int, ...]) -> Answers:
     lists = {}
     for name in _LISTS:
         found = [flat[f"{name}.{n}"] for n in range(len(flat)) if f"{name}.{n}" in flat]

@@ -1,6 +1,8 @@
 """The model as it is run: each way against the reference, and mistakes that only a way of running shows."""
 
+import dataclasses
 import json
+import math
 import types
 
 import jax
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 from oss_model import ModelConfig
+from oss_model.buckets import path_of
 from oss_model.layers import RotaryEmbedding
-from parity import compare, forms, forms_arm, metrics
+from parity import compare, forms, forms_arm, handing, metrics
 from parity.candidate import Candidate
 from parity.forms_arm import NEAR_TIE, compare_forms, compare_long, replica, until
 from parity.mistakes.running import RUNNING
@@ -129,6 +132,48 @@ def test_meshes_are_simulated_where_there_are_too_few_devices(subject, reference
     monkeypatch.setattr(forms, "devices", there)
     assert [form.verdict for form in here.forms] == ["ok"]
     assert here.forms[0].worst == pytest.approx(run(subject, reference, ["mesh fsdp × tensor"]).forms[0].worst, rel=0.5)
+
+
+def test_what_goes_to_a_child_and_comes_back_is_the_same(tmp_path):
+    def array(*shape: int, dtype=np.float32) -> np.ndarray:
+        return np.arange(math.prod(shape)).astype(dtype).reshape(shape)
+
+    rows = [array(5, dtype=np.int64), array(3, dtype=np.int64)]
+    logits = [array(2, 5).T, array(3, 2)]
+    asked = Answers(
+        rows, [array(5), array(3)], logits, None, [array(0, dtype=np.int64)], [array(2)], (7,), logits, {"a.b": array(2)}
+    )
+    bare = asked._replace(logits16=logits, updated=None, gradients=None, eos=())
+    cfg = dataclasses.replace(ModelConfig.tiny(), dtype="float32", param_dtype="mxfp4", num_hidden_layers=2, layer_types=())
+    gs = path_of("gs://bucket/run")
+    for job in (
+        handing.Job(gs, cfg, None, [("jit", "bfloat16")], asked),
+        handing.Job(tmp_path, ModelConfig.tiny(), gs, [], bare),
+    ):
+        handing.write_job(tmp_path, job)
+        back = handing.read_job(tmp_path)
+        assert (back.path, back.cfg, back.packed, back.runs) == (job.path, job.cfg, job.packed, job.runs)
+        assert type(back.path) is type(job.path)
+        assert_same(back.asked._asdict(), job.asked._asdict())
+    assert handing.read_results(tmp_path) is None
+    results = [logits, {"a.b": array(2), "c": array()}, {(None, "x"): logits, (3, "y"): rows}, {}, [], "RuntimeError: none"]
+    handing.write_results(tmp_path, results)
+    assert_same(handing.read_results(tmp_path), results)
+
+
+def assert_same(got, expected) -> None:
+    assert type(got) is type(expected)
+    if isinstance(expected, np.ndarray):
+        assert (got.dtype, got.shape, got.tolist()) == (expected.dtype, expected.shape, expected.tolist())
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected)
+        assert_same(list(got.values()), list(expected.values()))
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert got == expected
 
 
 def test_a_form_that_cannot_be_run_is_incomplete(subject, reference, monkeypatch):
