@@ -18,6 +18,7 @@ PARAM_DTYPES = ("bfloat16", "float32", "mxfp4")
 EXPERT_PATHS = ("auto", "loop", "scan", "grouped", "pairs", "ragged")
 REMATS = ("none", "mlp", "block")
 QUANTIZERS = ("best", "ocp", "ceil")  # how values become MXFP4: see `oss_model.quantization`
+MOST = {"num_hidden_layers": 1000, "num_experts": 1000}  # what there is a name of each for: a file may claim 2^31
 MXFP4_BLOCK = 32  # values that share one scale (OCP Microscaling Formats 1.0, §5.3)
 
 
@@ -70,8 +71,9 @@ class ModelConfig:
 
     def __post_init__(self):
         settle = functools.partial(object.__setattr__, self)  # fields are frozen from here on
-        if not self.layer_types and isinstance(self.num_hidden_layers, int):
-            settle("layer_types", _in_turn(self.num_hidden_layers))
+        layers = self.num_hidden_layers
+        if not self.layer_types and isinstance(layers, int) and layers <= MOST["num_hidden_layers"]:
+            settle("layer_types", _in_turn(layers))
         if isinstance(self.layer_types, list):
             settle("layer_types", tuple(self.layer_types))
         with contextlib.suppress(TypeError):  # no dtype at all is a fault like a dtype that is not implemented
@@ -204,6 +206,8 @@ def _faults(cfg: ModelConfig) -> list[str]:
     for name, kind in TYPES.items():
         if kind in (int, float) and getattr(cfg, name) <= 0:
             faults.append(f"{name}: expected a positive number, found {getattr(cfg, name)}")
+    found = {name: getattr(cfg, name) for name in MOST}
+    faults += [f"{name}: expected at most {most}, found {found[name]}" for name, most in MOST.items() if found[name] > most]
     if faults:
         return faults
     if len(cfg.layer_types) != cfg.num_hidden_layers:

@@ -464,6 +464,11 @@ def test_layer_types_of_the_wrong_type(value):
             [f"{key}: missing; is this the config.json of a gpt-oss model?" for key in ("num_experts", "rope_scaling_factor")],
         ),
         (PUBLISHED | {"head_dim": 0}, ["head_dim: expected a positive number, found 0"]),
+        (
+            without(PUBLISHED, "layer_types") | {"num_hidden_layers": 2**31},
+            ["num_hidden_layers: expected at most 1000, found 2147483648"],
+        ),
+        (PUBLISHED | {"num_local_experts": 10**30}, [f"num_experts: expected at most 1000, found {10**30}"]),
         (PUBLISHED | {"rope_theta": -1.0}, ["rope_theta: expected a positive number, found -1.0"]),
         (PUBLISHED | {"num_hidden_layers": 23}, ["layer_types: expected 23 entries, one a layer, found 24"]),
         (

@@ -48,6 +48,7 @@ def explore(given: Any, scratch: Path) -> NoReturn:
     with atheris.instrument_imports(include=OURS):  # what functions import, too
         target = fuzz.targets(scratch / "targets")[name]
         right = target.use()
+    fuzz.bound_memory()
     whole, counts, start = target.file.read_bytes(), Counter(), time.process_time()
     length = 8 + int.from_bytes(whole[:8], "little") if target.header else len(whole)
     fed, after = whole[:length], whole[length:]  # of safetensors the header alone
