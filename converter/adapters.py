@@ -10,7 +10,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from converter.errors import Different
 from converter.orbax_source import stored_arrays
+from oss_model.buckets import GsPath
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, raise_all
 from oss_model.files import parse_json, sync, write_file
@@ -209,10 +210,22 @@ def peft_tensors(directory: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path}: expected the tensors of a PEFT adapter, found no file; .bin files are not read")
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _on_disk(path) as here, safe_open(here, framework="numpy") as file:
             return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: expected a whole safetensors file, found a truncated or damaged one ({e})") from None
+
+
+@contextlib.contextmanager
+def _on_disk(path: Path) -> Iterator[Path]:
+    """The file; of an object a copy, since updates are small."""
+    if not isinstance(path, GsPath):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="convert-oss-") as scratch:
+        copy = Path(scratch) / path.name
+        copy.write_bytes(path.read_bytes())
+        yield copy
 
 
 def _changed(directory: Path, name: str, tensor: np.ndarray, value: Callable[[str], np.ndarray] | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from oss_model import quantization
 from oss_model.buckets import path_of
 from oss_model.config import PARAM_DTYPES
-from oss_model.errors import local_path, raise_all
+from oss_model.errors import raise_all
 
 # `--to` -> the dtypes that its parameters can have, the usual one first.
 DTYPES = {"orbax": PARAM_DTYPES, "hf": ("mxfp4",), "hf-bf16": ("bfloat16", "float32"), "openai": ("mxfp4",)}
@@ -73,7 +73,7 @@ def make_form(
     if quantizer is not None and quantizer not in quantization.RULES:
         faults.append(f"quantizer: expected one of {', '.join(quantization.RULES)}, found {quantizer!r}")
     raise_all(faults)
-    paths = {"like": None if like is None else path_of(like), "merge": None if merge is None else local_path(merge)}
+    paths = {name: None if path is None else path_of(path) for name, path in (("like", like), ("merge", merge))}
     form = Form(to, dtype or DTYPES[to][0], quantizer, **paths, ignore=tuple(sorted(set(ignore_config_key))))
     if not form.packed:
         for name, value in (("quantizer", quantizer), ("like", like)):

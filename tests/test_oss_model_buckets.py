@@ -15,8 +15,9 @@ from buckets import fill
 from flax import nnx
 
 from converter import convert
+from converter.adapters import convert_adapter
 from converter.cli import inspect_main, main
-from oss_model import InputError, ModelConfig, buckets, create_model_from_checkpoint, eos_tokens
+from oss_model import InputError, ModelConfig, add_lora, buckets, create_model_from_checkpoint, eos_tokens, save_lora
 from oss_model.buckets import Conflict, GsPath, path_of
 from oss_model.errors import Incomplete
 from oss_model.files import OpenFile
@@ -251,6 +252,61 @@ def test_a_chunk_is_read_where_a_mesh_wants_it(gcs, even_checkpoints, even_cfg):
 
 
 # --- others -------------------------------------------------------------------------------------------------------
+
+UPDATES = """
+import sys
+from pathlib import Path
+
+from converter import convert
+from converter.adapters import convert_adapter
+from converter.cli import main
+from oss_model.shards import Checkpoint
+
+small, peft, work = sys.argv[1:]
+
+
+def tensors(directory):
+    with Checkpoint(directory).shards as shards:
+        return {name: shards.read(name).tobytes() for name in shards.tensors}
+
+
+assert main([peft, f"{work}/lora", "--to", "orbax-lora", "--base", "gs://bucket/small", "-q"]) == 0  # the base alone is there
+convert(small, f"{work}/merged", to="hf", merge=f"{work}/lora")
+wanted = tensors(f"{work}/merged")
+assert wanted != tensors(small)
+for number, lora in enumerate(["gs://bucket/lora", "gs://bucket/peft"]):  # of Orbax, and of PEFT
+    again = [small, f"{work}/merged-{number}", "--to", "hf", "--merge", lora]
+    assert main([*again, "-q"]) == main([*again, "-q"]) == 0
+    assert tensors(f"{work}/merged-{number}") == wanted
+    assert lora in Path(f"{work}/merged-{number}/conversion.json").read_text()
+    assert main([lora, f"{work}/adapter-{number}", "--to", "peft", "--base", small, "-q"]) == 0
+    made = Path(f"{work}/adapter-{number}/adapter_model.safetensors").read_bytes()
+    assert made == Path(f"{peft}/adapter_model.safetensors").read_bytes()
+assert main([small, f"{work}/none", "--to", "hf", "--merge", "gs://bucket/none"]) == 2
+assert main([peft, "gs://bucket/out", "--to", "orbax-lora", "--base", small]) == 2
+"""
+
+
+def test_updates_are_read_there_and_the_model_they_are_of(gcs, small, cfg, tmp_path):
+    """In a process of its own: tensorstore reads its environment once."""
+    model = create_model_from_checkpoint(small, cfg)
+    add_lora(model, r".*attn\.(q|o)_proj", 2, rngs=nnx.Rngs(0))
+    keys = nnx.Rngs(7)
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        variable.set_value(jax.random.normal(keys(), variable.get_value().shape))
+    save_lora(model, tmp_path / "ours")
+    convert_adapter(tmp_path / "ours", tmp_path / "peft", "peft", small)
+    for name, directory in (("small", small), ("lora", tmp_path / "ours"), ("peft", tmp_path / "peft")):
+        fill(gcs, name, directory)
+    called = [sys.executable, "-c", UPDATES, str(small), str(tmp_path / "peft"), str(tmp_path)]
+    result = subprocess.run(called, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert lines[0].startswith(
+        "error: gs://bucket/none/lora.json: expected the ranks and alphas that save_lora notes, found no"
+    )
+    assert lines[1].startswith("error: gs://bucket/out: expected a path on a disk, found an address; here none is taken")
+
 
 OTHERS = """
 import sys
