@@ -16,6 +16,7 @@ from oss_model import hub
 from oss_model.buckets import GsPath, path_of
 from oss_model.errors import InputError, file_faults, local_path, place_faults, raise_all
 from oss_model.exits import ending, run_click
+from oss_model.terminal import shown
 
 
 class Share(click.ParamType):
@@ -37,7 +38,7 @@ def _hub_options(command: Callable) -> Callable:
     for option in (
         optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original."),
         optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]"),
-        optgroup.group("Where SRC is a repository of the Hugging Face hub"),
+        optgroup.group("Of a repository of the Hugging Face hub"),
     ):
         command = option(command)
     return command
@@ -122,12 +123,16 @@ def _convert_oss(
     same command again to take up a conversion that was interrupted; where it is complete, and the source has not changed,
     that says so and does nothing.
 
-    Examples:
-
     \b
+    Examples:
         convert-oss openai/gpt-oss-20b gpt-oss-20b-orbax
         convert-oss gpt-oss-20b-packed served --to hf
-        convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b
+        convert-oss run/model served --to hf --quantizer best
+
+    \b
+    Exit status:
+        0 done, 1 wrong when read back, 2 bad input,
+        3 incomplete, 70 a bug, 130 interrupted
     """
 
     output = _Json(as_json, json_file)
@@ -265,11 +270,16 @@ def _say(result, verbose: bool) -> None:
 def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbose) -> int:
     """Check every byte of the converted checkpoint DST against the hashes it carries.
 
-    Where SRC is given, it is decoded anew and compared as well. Exit code 1 and a line for each difference.
+    Where SRC is given, it is decoded anew and compared as well. There is a line for each difference.
 
+    \b
     Example:
-
         verify-oss gpt-oss-20b-orbax
+
+    \b
+    Exit status:
+        0 as it was written, 1 a difference, 2 bad input,
+        3 incomplete, 70 a bug, 130 interrupted
     """
 
     output = _Json(as_json, json_file)
@@ -295,20 +305,26 @@ def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbos
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path())
-@_version
 @_hub_options
-@click.option(
+@optgroup.group("What is said")
+@optgroup.option(
     "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
 )
+@_version
 def _inspect_oss(path, revision, subfolder, json_file) -> int:
     """What is PATH, and what can be done with it?
 
     A directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved, or LoRA
     updates, ours or PEFT's; or a repository of the Hugging Face hub, which is downloaded to the hub's cache.
 
+    \b
     Example:
-
         inspect-oss gpt-oss-20b
+
+    \b
+    Exit status:
+        0 it is known, 2 bad input, 70 a bug,
+        130 interrupted
     """
     from converter.inspection import describe, inspect
     from oss_model.memory import size
@@ -317,7 +333,8 @@ def _inspect_oss(path, revision, subfolder, json_file) -> int:
     if json_file is not None:
         json_file.write(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     if json_file is None or json_file.name != "-":
-        click.echo(describe(found, size))
+        facts, commands = describe(found, size).split("\n\n")  # of which a line is copied
+        click.echo(f"{shown(facts, sys.stdout)}\n\n{commands}")
     return 0
 
 

@@ -17,6 +17,7 @@ from oss_model import hub
 from oss_model.buckets import path_of
 from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
 from oss_model.exits import run_click
+from oss_model.terminal import columns, shown
 
 if TYPE_CHECKING:
     from parity.recording import Recording
@@ -74,7 +75,9 @@ class _Command(click.Command):
     metavar="F",
     help="Prompts: a JSON list of token ids, or of such lists; or text, where SRC has a tokenizer.json.",
 )
-@optgroup.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random prompt.")
+@optgroup.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Seed of the random prompt."
+)
 @optgroup.group("With what, and where")
 @optgroup.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @optgroup.option(
@@ -88,7 +91,7 @@ class _Command(click.Command):
 @optgroup.option(
     "--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this."
 )
-@optgroup.group("Where SRC is a repository of the Hugging Face hub")
+@optgroup.group("Of a repository of the Hugging Face hub")
 @optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]")
 @optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original.")
 @optgroup.group("Reports; - is standard output")
@@ -122,11 +125,13 @@ def main(
     \b
     Examples:
         check-parity --layers
-        check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --html report.html
-        check-parity gpt-oss-20b-orbax
+        check-parity gpt-oss-20b gpt-oss-20b-orbax --layers
+        check-parity gpt-oss-20b-orbax --html report.html
 
-    Exit status: 0 pass, 1 diverged, 2 bad input, 3 incomplete, 4 self-test failed,
-    70 a bug, 130 interrupted.
+    \b
+    Exit status:
+        0 pass, 1 diverged, 2 bad input, 3 incomplete,
+        4 self-test failed, 70 a bug, 130 interrupted
     """
     from oss_model.memory import parse_size
     from oss_model.params import is_orbax
@@ -155,7 +160,7 @@ def main(
             raise InputError(*faults, *e.faults) from None
         raise_all(faults)
         report = _compare(*pair, prompt_file, options)
-    click.echo(report.table(), err=Path("-") in files.values())
+    _print(report.table, files)
     _write(report, files, _typed(context))
     return report.exit_code
 
@@ -234,7 +239,7 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
 
     with _progress_bar() as progress:
         result = self_test(scratch, convert, running=RUNNING, progress=progress)
-    click.echo(result.table(), err=Path("-") in files.values())
+    _print(lambda width: result.table(), files)
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code
 
@@ -297,11 +302,14 @@ def _report_diff(before: Path, after: Path, as_json: bool) -> int:
 
     Told are other verdicts, weights that differ in one alone, and figures that are twice or half of what they were.
 
+    \b
     Example:
-
         report-diff before.json after.json
 
-    Exit status: 0 nothing is worse, 1 something is, 2 bad input.
+    \b
+    Exit status:
+        0 nothing is worse, 1 something is, 2 bad input,
+        70 a bug, 130 interrupted
     """
     from parity.reports import diff
 
@@ -311,7 +319,7 @@ def _report_diff(before: Path, after: Path, as_json: bool) -> int:
         verdicts = {"before": sides[0]["verdict"], "after": sides[1]["verdict"]}
         click.echo(json.dumps(verdicts | {"changes": [one._asdict() for one in found]}))
     else:
-        click.echo(diff.table(*sides))
+        _print(lambda width: diff.table(*sides, width))
     return int(any(one.worse for one in found))
 
 
@@ -345,6 +353,12 @@ def _typed(context: click.Context) -> str:
                 words += [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
                 words += [] if one is True else [str(one)]
     return shlex.join(words)
+
+
+def _print(table: Callable[[int | None], str], files: dict[str, Path] | None = None) -> None:
+    """A table, on standard error where a report goes to standard output."""
+    stream = sys.stderr if files and Path("-") in files.values() else sys.stdout
+    click.echo(shown(table(columns(stream)), stream), file=stream)
 
 
 def _write(report: "Report", files: dict[str, Path], command: str) -> None:

@@ -5,7 +5,6 @@ python scripts/commands_page.py > docs/commands.md
 """
 
 import inspect
-import re
 
 import click
 from click_option_group import GroupedOption
@@ -25,6 +24,9 @@ HEAD = """# Commands
 Every option of every command, as `--help` says it. This page is made by
 `python scripts/commands_page.py`; a test compares it with the commands. [JSON](json.md) has what they write for programs, and
 [Converting](conversion.md) the exit codes.
+
+In a terminal what they print takes its width, from 60 columns on, and verdicts are in colour, unless `NO_COLOR` is set.
+Anywhere else each line is whole, and plain.
 
 ## Completion
 
@@ -79,13 +81,12 @@ def section(name: str, command: click.Command) -> str:
     usage = " ".join(argument.metavar or str(argument.name).upper() for argument in arguments(command))
     required = {str(argument.name).upper() for argument in arguments(command) if argument.required}
     usage = " ".join(word if word in required or "[" in word or word == "DST" else f"[{word}]" for word in usage.split())
-    prose = inspect.cleandoc(command.help or "")
-    prose, _, examples = prose.partition("\b\n" if "\b" in prose else "Example:")
-    prose = re.sub(r"\s*Examples?:\s*$", "", prose).strip()
-    lines = [line.strip() for line in examples.splitlines()]
-    shown = [line for line in lines if line.startswith(f"{name} ")]
-    after = "\n".join(line for line in lines if line and not line.startswith((f"{name} ", "Example")))
-    parts = [f"## {name}", f"`{name} {usage}`", prose, "```bash\n" + "\n".join(shown) + "\n```", after]
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    prose = "\n\n".join(text for text in paragraphs if not text.startswith("\b"))
+    [shown, status] = (inspect.cleandoc(text).splitlines()[1:] for text in paragraphs if text.startswith("\b"))
+    examples = "\n".join(["```bash", *(line.strip() for line in shown[1:]), "```"])
+    after = " ".join(line.strip() for line in status)
+    parts = [f"## {name}", f"`{name} {usage}`", prose, examples, f"{after}."]
     rows, group = ["| option | value | |\n|---|---|---|"], None
     for option in command.get_params(context):
         if isinstance(option, click.Option) and not option.hidden:

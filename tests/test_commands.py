@@ -1,5 +1,6 @@
 """What the commands have in common: they are one family."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -37,15 +38,20 @@ def test_packages_run_as_modules(module, name):
     assert said.startswith(name)
 
 
-@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_fits_and_examples_are_whole(name, width):
+def test_help_fits_and_examples_and_exit_codes_are_whole(name, width):
     given = ["somewhere", "else"][: 1 if name == "inspect-oss" else 2]
     context = COMMANDS[name].make_context(name, given, terminal_width=width, max_content_width=width)
     text = COMMANDS[name].get_help(context)
     assert max(map(len, text.splitlines())) <= width
     assert "\\b" not in text
-    assert f"\n    {name} " in text.replace("\n  ", "\n").replace("\n    ", "\n    ")
+    help_ = inspect.cleandoc(COMMANDS[name].help)
+    examples, codes = (part.splitlines()[1:] for part in help_.split("\n\n") if part.startswith("\b"))
+    assert (examples[0].rstrip("s:"), codes[0]) == ("Example", "Exit status:")
+    assert examples[1].startswith(f"    {name} ")
+    assert codes[1].startswith("    0 ")
+    assert {f"  {line}" for line in examples + codes} <= set(text.splitlines())
 
 
 def test_json_goes_to_a_file_or_to_standard_output(small, tmp_path, capsys):

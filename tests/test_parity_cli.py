@@ -58,7 +58,7 @@ def test_a_report_whose_directory_vanishes_is_a_line_and_2(pair, tmp_path, monke
     class Report:
         exit_code = 0
 
-        def table(self):
+        def table(self, width):
             (tmp_path / "reports").rmdir()
             return "PASS"
 

@@ -386,7 +386,7 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
     monkeypatch.setattr(attention, "sink_attention", wrong)
     result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), "--layers", "--forms", "none"])
     assert result.exit_code == 1
-    (marked,) = (line for line in result.stdout.splitlines() if line.endswith("<- first"))
+    (marked,) = (line for line in result.stdout.splitlines() if "FAIL  <- first" in line)
     assert marked.split()[:2] == ["0", "attn_core"]
     assert "first divergence: layer 0, attn_core" in result.stdout
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ET
+from collections import Counter
 
 import pytest
 from click.testing import CliRunner
@@ -190,6 +191,43 @@ def test_junit_is_xml_whatever_a_path_holds(healthy):
     healthy.checkpoint = 'a\x00b\x1b[31m\udcff<&"]]>'
     values = {p.get("name"): p.get("value") for p in ET.fromstring(junit.render(healthy).encode("utf-8")).iter("property")}
     assert values["checkpoint"] == 'a\ufffdb\ufffd[31m\ufffd<&"]]>'
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 100, 120, 200])
+@pytest.mark.parametrize("ratios", [False, True])
+def test_the_table_fits_and_its_columns_hold(broken, width, ratios):
+    if not ratios:
+        for tap in broken.taps:
+            tap.port_over_reference = None
+    broken.taps[20] = TapResult(1, "a_tap_of_my_own_whose_name_is_long", 4e-7, 1e-5, "ok")
+    broken.taps[21] = TapResult(1, "another_tap_of_my_own", 4e-7, 1e-5, "fail", "a note that is longer than most are")
+    lines = broken.table(width).splitlines()
+    assert max(map(len, lines)) <= width
+    head = next(n for n, line in enumerate(lines) if line.startswith("layer "))
+    assert ("port/ref" in lines[head]) == ratios
+    start = lines[head].index("verdict")
+    rows = [line for line in lines[head + 1 :] if re.match(r"(model|[\d-]+) ", line)]
+    assert len(rows) == 19
+    for row in rows:
+        assert re.match(r"(ok|FAIL|incomplete)( x\d+)?(  |$)", row[start:]), row
+        assert row[start - 2 : start] == "  "
+    words = broken.table()
+    if "note" not in lines[head]:  # notes have lines of their own
+        words = words.replace("verdict     note", "verdict")
+    assert Counter("".join("".join(lines).split())) == Counter("".join(words.split()))  # nothing is cut off
+
+
+def test_a_table_without_a_width_has_a_line_a_row(healthy):
+    lines = healthy.table().splitlines()
+    assert lines[2:6] == [
+        "layer     tap                 worst token  verdict  note",
+        "model     rope                2.3e-07      ok       cos and sin up to position 32767",
+        "0-23      all 14 taps         4.0e-07      ok x336",
+        "model     final_norm..logits  3.0e-07      ok x2",
+    ]
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from oss_model.errors import InputError
 from oss_model.files import parse_json
+from oss_model.terminal import fit
 from parity.reports.report import EXIT
 
 TIMES = 2.0  # a figure that became so many times larger or smaller is told; less is what another seed, or machine, does
@@ -56,16 +57,24 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     return sorted(found, key=lambda one: {True: 0, None: 1, False: 2}[one.worse])
 
 
-def table(before: dict[str, Any], after: dict[str, Any]) -> str:
+def table(before: dict[str, Any], after: dict[str, Any], width: int | None = None) -> str:
+    """
+    Args:
+      width: of the terminal; None: lines are as long as they need.
+    """
     found = changes(before, after)
     head = f"{before['verdict'].upper()} -> {after['verdict'].upper()}"
     signs = {True: "worse", False: "better", None: ""}
-    lines = [
-        f"{signs[one.worse]:<7} {one.what:<44} {one.before or '-':>14} -> {one.after or '-':<14}".rstrip() for one in found
-    ]
+    rows = [(one.what, one.before or "-", one.after or "-") for one in found]
+    what, was, now = (max((len(row[n]) for row in rows), default=0) for n in range(3))
+    what = what if width is None else min(what, width - was - now - 14)  # a longer one has a line of its own
+    said = zip([signs[one.worse] for one in found], rows, strict=True)
+    lines = [f"{sign:<7} {row[0]:<{what}}  {row[1]:>{was}} -> {row[2]}" for sign, row in said]
     worse = sum(one.worse is True for one in found)
     better = sum(one.worse is False for one in found)
-    return "\n".join([head, *lines, f"{worse} worse, {better} better, {len(found) - worse - better} otherwise different"])
+    lines.append(f"{worse} worse, {better} better, {len(found) - worse - better} otherwise different")
+    text = "\n".join([head, *lines])
+    return text if width is None else fit(text, width)
 
 
 def _setting(before: dict, after: dict) -> Iterator[Change]:

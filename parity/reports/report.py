@@ -263,10 +263,10 @@ class Report:
 
         return pandas.DataFrame([dataclasses.asdict(tap) for tap in self.taps])
 
-    def table(self) -> str:
+    def table(self, width: int | None = None) -> str:
         from parity.reports.table import table
 
-        return table(self)
+        return table(self, width)
 
 
 def _json(number: float) -> float | None:

@@ -67,8 +67,8 @@ def _weights(report: Report) -> Iterator[Section]:
     count, exact = len(report.weights), len(report.weights) - len(wrong) - len(others)
     verdict = "fail" if wrong else "ok"
     how = "as stored" if report.oracle == STORED else "decoded by transformers"
-    line = f"{'weights':<9} {f'{exact}/{count}':<18} {'':<12} {'':<15} {f'bit-exact, {how}':<36} "
-    table = [line + verdict.replace("fail", "FAIL"), *(f"          {one}" for one in wrong[:8])]
+    line = f"weights   {exact}/{count} bit-exact, {how}   {verdict.replace('fail', 'FAIL')}"
+    table = [line, *(f"          {one}" for one in wrong[:8])]
     if len(wrong) > 8:
         table.append(f"          ... and {len(wrong) - 8} more: --json FILE names each")
     said = []

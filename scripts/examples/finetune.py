@@ -1,9 +1,10 @@
 r"""Fine-tune gpt-oss on text or chats: convert, restore onto a mesh, train, save with plain Orbax.
 
 \b
-    finetune.py openai/gpt-oss-20b notes.txt run --mesh fsdp=8 --steps 200
-    finetune.py gpt-oss-20b notes.txt run --lora '.*(q|k|v|o)_proj' --lora '.*mlp\.(gate_up|down)'
-    finetune.py gpt-oss-20b chats.jsonl run --eval held-out.jsonl --best --warmup 20 --schedule cosine --accumulate 4
+Examples:
+    finetune.py gpt-oss-20b notes.txt run --steps 200
+    finetune.py gpt-oss-20b notes.txt run --lora '.*_proj'
+    finetune.py gpt-oss-20b chats.jsonl run --mesh fsdp=8
 
 TEXT is a plain text, of which windows are taken, or a .jsonl file, a document a line: {"messages": [...]} is rendered by the
 checkpoint's own chat template, and only the assistant's tokens count; of {"text": "..."} all do. Documents are packed into
@@ -239,7 +240,7 @@ AT_LEAST_1 = click.IntRange(min=1)
 SHARE = click.FloatRange(min=0)
 
 
-@click.command(help=(__doc__ or "").replace("\\b", "\b"))
+@click.command(help=(__doc__ or "").replace("\\b", "\b"), context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("src", type=click.Path())
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
