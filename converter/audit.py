@@ -16,7 +16,7 @@ from converter.store import MANIFEST, METADATA
 from converter.threads import in_threads, interruptible, stop_here
 from converter.verify import a_line_a_tensor, check_buffer, check_chunk, from_disk
 from oss_model.buckets import path_of
-from oss_model.errors import InputError
+from oss_model.errors import InputError, nothing_at
 from oss_model.files import hashed_each
 
 
@@ -49,7 +49,7 @@ def verify_checkpoint(
     """
     start, directory = time.perf_counter(), path_of(dst)
     if not any((directory / name).exists() for name in (MANIFEST, *METADATA)):
-        found = "another directory" if directory.is_dir() else "a file" if directory.exists() else "nothing"
+        found = "another directory" if directory.is_dir() else nothing_at(directory)
         raise InputError(f"{directory}: expected a checkpoint written by convert-oss, found {found}")
     manifest = read_manifest(directory)
     if manifest is None:

@@ -21,7 +21,7 @@ from converter.source import open_checkpoint
 from oss_model import layouts
 from oss_model.buckets import path_of
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError
+from oss_model.errors import InputError, nothing_at
 from oss_model.files import parse_json
 from oss_model.lora_note import read_note
 
@@ -57,7 +57,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     directory = path_of(path)
     if not directory.is_dir():
-        raise InputError(f"{directory}: expected a directory, found {'a file' if directory.exists() else 'nothing'}")
+        raise InputError(f"{directory}: expected a directory, found {nothing_at(directory)}")
     if adapters.is_adapter(directory):
         return _of_updates(directory)
     with contextlib.closing(open_checkpoint(directory)) as source:

@@ -1,8 +1,10 @@
 """What ends a command in a line instead of a traceback, and what the operating system's errors mean in such a line."""
 
+import contextlib
 import errno
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -102,6 +104,27 @@ def system_error(error: BaseException, where: str | None = None) -> CommandError
     where = where or getattr(error, "filename", None)
     kind = InputError if system_errno(error) in _PLACE else Incomplete
     return kind("; ".join(found) if where is None else f"{where}: {'; '.join(found)}")
+
+
+def meant(word: str, known: Mapping[str, object]) -> str:
+    """What to add to an error about `word`, where one of those that are known, each as it is to be told, is almost it."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+    return f"; did you mean {known[close[0]]}?" if close else ""
+
+
+def nothing_at(path: Path) -> str:
+    """What a path that leads to no directory leads to: a file, or nothing, and perhaps another was meant, with another name."""
+    if path.exists():
+        return "a file"
+    other = ""
+    if not str(path).startswith("gs://"):
+        with contextlib.suppress(OSError):  # that may not be listed
+            missing = next(part for part in (path, *path.parents) if part.parent.is_dir())
+            there = {place.name: place / path.relative_to(missing) for place in missing.parent.iterdir()}
+            other = meant(missing.name, {name: place for name, place in there.items() if place.exists()})
+    return f"nothing{other}"
 
 
 _BY_ITS_TOOL = "of these gs:// alone is read and written: copy it to a disk by a tool of its own, and give the directory"

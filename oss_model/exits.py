@@ -15,15 +15,17 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
-from oss_model.errors import CommandError, Incomplete, InputError, OutOfMemory, system_error
+from oss_model.errors import CommandError, Incomplete, InputError, OutOfMemory, meant, nothing_at, system_error
 from oss_model.memory import free_memory, out_of_memory, size
 
 BUG, INTERRUPTED = 70, 130
@@ -80,7 +82,7 @@ def ending(error: BaseException) -> tuple[int, list[str]]:
         if not hasattr(error, "format_message"):
             return found.exit_code, []
         hint = f" (try {found.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-        return InputError.exit_code, [f"{found.format_message()}{hint}"]
+        return InputError.exit_code, [f"{_said(found)}{hint}"]
     if (reason := out_of_memory(error)) is not None:
         what_to_do = "end other programs, or use a machine with more"
         return OutOfMemory.exit_code, [f"out of memory ({reason}): {size(free_memory())} are free; {what_to_do}"]
@@ -89,6 +91,17 @@ def ending(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
         return InputError.exit_code, [f"the package {error.name} is needed, and not installed; see Install in README.md"]
     return BUG, ["this is a bug of convert-oss, not of your input: please report it, with the lines above, where you got it"]
+
+
+def _said(error: Any) -> str:
+    """What click says; of a value that it refuses with what was meant perhaps, as it does itself of an option."""
+    text = error.format_message()
+    wrong = re.search(r"'([^']*)' (?:is not one of|does not exist)", text)
+    if wrong is None:
+        return text
+    choices = {choice: choice for choice in getattr(error.param.type, "choices", ())}
+    other = meant(wrong[1], choices) if choices else nothing_at(Path(wrong[1])).removeprefix("nothing")
+    return text.removesuffix(".") + other
 
 
 def _report(error: BaseException) -> int:

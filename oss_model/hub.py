@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oss_model.buckets import path_of
-from oss_model.errors import CommandError, Incomplete, InputError, meaning
+from oss_model.errors import CommandError, Incomplete, InputError, meaning, nothing_at
 from oss_model.hub_answers import COMMIT, looked_at, no_hub
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,7 +64,7 @@ def need(repository: str) -> None:
     except ImportError:
         raise InputError(
             f"{repository}: expected a directory, found nothing; if it is a repository of the Hugging Face hub, install"
-            " huggingface_hub (`pip install '.[hub]'`), or `hf download` it and give the directory"
+            " huggingface_hub (`pip install '.[hub]'`), or `hf download` it and give the directory{_or_here(repository)}"
         ) from None
 
 
@@ -191,6 +191,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise InputError(
             f"{repository}: expected a directory or a hub repository, found neither; one that is private takes `hf auth login`"
+            f"{_or_here(repository)}"
         ) from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{repository}: --revision: expected a branch, tag or commit, found no {revision}") from None
@@ -198,6 +199,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub cannot be reached: {reason(error.__cause__ or error)}"
         raise InputError(
             f"{repository}{at}: expected a directory, or a hub repository in the cache, found neither, or not all of it; {why}"
+            f"{_or_here(repository)}"
         ) from None
     except errors.HFValidationError as error:
         raise InputError(f"{repository}: expected a directory or a hub repository, found neither ({reason(error)})") from None
@@ -214,6 +216,11 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
             f"{repository}{at}: the download broke off {TRIES} times ({reason(error)}); the files that are whole are kept:"
             " run the same command again"
         ) from None
+
+
+def _or_here(repository: str) -> str:
+    """A directory that was meant perhaps."""
+    return nothing_at(Path(repository)).removeprefix("nothing")
 
 
 def cause(error: BaseException) -> BaseException:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from oss_model.errors import CommandError, InputError, OutOfMemory, system_errno, system_error
+from oss_model.errors import CommandError, InputError, OutOfMemory, nothing_at, system_errno, system_error
 from oss_model.memory import free_memory, out_of_memory, size
 from oss_model.zarr import METADATA
 
@@ -68,7 +68,8 @@ def not_a_checkpoint(path: Path, *, safetensors: bool = False) -> InputError:
     if not path.exists():
         if partial.is_dir():
             return InputError(f"{looked} nothing, and an unfinished conversion in {partial}: run the same convert-oss again")
-        return InputError(f"{looked} nothing; convert-oss SRC {path} makes one")
+        found = nothing_at(path)
+        return InputError(f"{looked} {found if '?' in found else f'nothing; convert-oss SRC {path} makes one'}")
     if not path.is_dir():
         return InputError(f"{looked} a file; give a directory")
     if (partial := path / "convert-oss.partial").is_dir():

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from oss_model import layouts
 from oss_model.buckets import FETCH_BYTES, GsPath, path_of
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError, raise_all
+from oss_model.errors import InputError, nothing_at, raise_all
 from oss_model.files import OpenFile, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -145,7 +145,7 @@ class Checkpoint:
         """
         self.directory = path_of(directory)
         if not self.directory.is_dir():
-            found = "a file" if self.directory.exists() else "nothing"
+            found = nothing_at(self.directory)
             raise InputError(f"{self.directory}: expected a directory of safetensors files, found {found}")
         faults: list[str] = []
         try:

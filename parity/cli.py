@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_REPORT = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 class _Command(click.Command):
@@ -293,8 +294,8 @@ def _progress_bar() -> "Iterator[Callable[[int, int, str], None]]":
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("before", type=_REPORT)
+@click.argument("after", type=_REPORT)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 def _report_diff(before: Path, after: Path, as_json: bool) -> int:

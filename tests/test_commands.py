@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +15,7 @@ import converter
 import oss_model
 import parity
 from converter import cli
+from oss_model.exits import run_click
 from parity.cli import _report_diff, diff_main
 from parity.cli import main as check_parity
 
@@ -41,8 +44,8 @@ def test_packages_run_as_modules(module, name):
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_and_examples_and_exit_codes_are_whole(name, width):
-    given = ["somewhere", "else"][: 1 if name == "inspect-oss" else 2]
-    context = COMMANDS[name].make_context(name, given, terminal_width=width, max_content_width=width)
+    widths = {"terminal_width": width, "max_content_width": width}
+    context = COMMANDS[name].make_context(name, [], resilient_parsing=True, **widths)
     text = COMMANDS[name].get_help(context)
     assert max(map(len, text.splitlines())) <= width
     assert "\\b" not in text
@@ -52,6 +55,55 @@ def test_help_fits_and_examples_and_exit_codes_are_whole(name, width):
     assert examples[1].startswith(f"    {name} ")
     assert codes[1].startswith("    0 ")
     assert {f"  {line}" for line in examples + codes} <= set(text.splitlines())
+
+
+SLIPS = [
+    ("convert-oss", ["a", "b", "--ovrwrite"], "'--overwrite'?"),
+    ("convert-oss", ["a", "b", "--dtype", "bfloat"], "'mxfp4'; did you mean bfloat16? (try convert-oss --help)"),
+    ("convert-oss", ["a", "b", "--to", "hf_bf16"], "did you mean hf-bf16?"),
+    ("convert-oss", ["{tmp}/gpt-oss-20", "b"], "found nothing; did you mean {tmp}/gpt-oss-20b?"),
+    ("convert-oss", ["{tmp}/gpt-oss-20b", "b", "--like", "{tmp}/gpt-os-20b/original", "--to", "hf", "--quantizer", "best"],
+     "did you mean {tmp}/gpt-oss-20b/original?"),
+    ("verify-oss", ["{tmp}/gpt-oss-20b-orbx"], "found nothing; did you mean {tmp}/gpt-oss-20b-orbax?"),
+    ("verify-oss", ["a", "--quite"], "'--quiet'?"),
+    ("inspect-oss", ["{tmp}/dts"], "found nothing; did you mean {tmp}/dst?"),
+    ("inspect-oss", ["a", "--jsn"], "'--json'?"),
+    ("inspect-oss", ["gpt-oss-20b/orignal"], "found nothing; did you mean gpt-oss-20b/original?"),
+    ("check-parity", ["--layer"], "'--layers'?"),
+    ("check-parity", ["--device", "gpus"], "did you mean gpu?"),
+    ("check-parity", ["{tmp}/gpt-oss-20b", "{tmp}/gpt-oss-20b-orbx"], "found nothing; did you mean {tmp}/gpt-oss-20b-orbax?"),
+    ("report-diff", ["{tmp}/report.json", "{tmp}/report.json", "--jsn"], "'--json'?"),
+    ("report-diff", ["{tmp}/reprt.json", "{tmp}/report.json"], "does not exist; did you mean {tmp}/report.json?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments", "said"), SLIPS, ids=lambda value: str(value)[:40])
+def test_a_slip_is_told_what_was_meant_perhaps(tmp_path, monkeypatch, capsys, small, name, arguments, said):
+    shutil.copytree(small, tmp_path / "gpt-oss-20b")
+    for directory in ("gpt-oss-20b/original", "gpt-oss-20b-orbax", "dst"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / "report.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run_click(COMMANDS[name], name, [argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said.format(tmp=tmp_path) in err
+
+
+@pytest.mark.parametrize("path", ["{tmp}/mistral", "{tmp}/gpt-oss-20/mistral", "{tmp}/secret/mistral", "/nowhere/at/all"])
+def test_where_nothing_is_alike_nothing_is_asked(tmp_path, monkeypatch, capsys, path):
+    (tmp_path / "gpt-oss-20b").mkdir()
+    (tmp_path / "secret").mkdir()
+    iterdir = Path.iterdir
+
+    def listed(self):
+        if self.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    assert run_click(COMMANDS["inspect-oss"], "inspect-oss", [path.format(tmp=tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {path.format(tmp=tmp_path)}: expected a directory, found nothing\n"
 
 
 def test_json_goes_to_a_file_or_to_standard_output(small, tmp_path, capsys):
