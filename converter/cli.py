@@ -90,7 +90,7 @@ def _shared_options(command: Callable) -> Callable:
 @optgroup.option("--push", metavar="REPO", help="Upload it too, to the hub's OWNER/NAME, made private if there is none.")
 @optgroup.option("--card", metavar="F", type=click.Path(), help="check-parity's card, for the model card of --push.")
 @optgroup.group("How it is written")
-@optgroup.option("--dry-run", is_flag=True, help="Print the whole plan and what it takes; write nothing.")
+@optgroup.option("--dry-run", is_flag=True, help="Print what it takes and the whole plan, a line a tensor; write nothing.")
 @optgroup.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @optgroup.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @optgroup.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
@@ -168,7 +168,7 @@ def _convert_oss(
 
             found = preview(found_at, dst, **form, overwrite=overwrite, max_memory=memory)
             if not output.give(dataclasses.asdict(found)):
-                click.echo(describe(found))
+                click.echo(shown(describe(found), sys.stdout))
             return 0
         from converter.conversion import convert
         from converter.destinations import destination_of

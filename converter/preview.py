@@ -93,28 +93,35 @@ def preview(
 
 
 def describe(found: Preview) -> str:
-    """The same for people: a line a tensor, then the sums."""
-    lines = []
-    for row in found.plan:
-        lines.append(f"{' + '.join(row['from'])}")
-        how = f"{row['how']}, {row['pattern']}" if row["how"] else row["pattern"]
-        size = f"{row['dtype']} {row['shape']}, {row['chunks']} chunks, {row['bytes']:,} bytes"
-        lines += [f"    {how}", f"    -> {row['to']}: {size}"]
+    """The same for people: the sums, then a line a tensor."""
     form = found.dtype if found.to == "orbax" else found.to
-    lines += ["", f"{found.source_layout} -> {form}: {found.tensors} tensors in {found.chunks} chunks"]
+    lines = [f"{found.source_layout} -> {form}: {found.tensors} tensors in {found.chunks} chunks"]
     if found.status == "already-complete":
-        return "\n".join([*lines, "already complete: there is nothing to do"])
-    lines += [
-        f"reads {found.bytes_read:,} bytes, writes {found.bytes_written:,} bytes",
-        f"works in {found.work_directory} until all is whole",
-        f"needs {found.space_needed:,} bytes"
-        + (" in the bucket" if found.space_free is None else f" of disk, {found.space_free:,} are free"),
-        f"takes up to {found.memory >> 20} MiB of memory",
-        f"takes about {found.seconds:.0f} s where {'the disk writes' if found.space_free is not None else 'the network sends'}"
-        f" {DISK_RATE / 1e9:.0f} GB/s, without verification",
-        *(f"note: {note}" for note in found.notes),
-    ]
+        lines.append("already complete: there is nothing to do")
+    else:
+        lines += [
+            f"reads {found.bytes_read:,} bytes, writes {found.bytes_written:,} bytes",
+            f"works in {found.work_directory} until all is whole",
+            f"needs {found.space_needed:,} bytes"
+            + (" in the bucket" if found.space_free is None else f" of disk, {found.space_free:,} are free"),
+            f"takes up to {found.memory >> 20} MiB of memory",
+            f"takes about {found.seconds:.0f} s where "
+            f"{'the disk writes' if found.space_free is not None else 'the network sends'}"
+            f" {DISK_RATE / 1e9:.0f} GB/s, without verification",
+            *(f"note: {note}" for note in found.notes),
+        ]
+    name, size = (max(map(len, column)) for column in zip(*map(_stored, found.plan), strict=True))
+    lines.append("")
+    for row in found.plan:
+        to, what = _stored(row)
+        how = f"{row['how']}, {row['pattern']}" if row["how"] else row["pattern"]
+        lines.append(f"{to:<{name}}  {what:<{size}}  <- {' + '.join(row['from'])}: {how}")
     return "\n".join(lines)
+
+
+def _stored(row: dict) -> tuple[str, str]:
+    """What a tensor is called, and what it is, where it is written."""
+    return row["to"], f"{row['dtype']} {row['shape']}, {row['chunks']} chunk{'s' * (row['chunks'] > 1)}, {row['bytes']:,} bytes"
 
 
 def _rows(plan: Plan) -> list[dict]:

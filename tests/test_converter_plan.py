@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,8 +160,22 @@ def test_a_dry_run_tells_all_and_writes_nothing(sources, tmp_path, capsys):
     }
     assert main([str(sources["hf"]), str(tmp_path / "other"), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "    -> layers.0.attn.q_proj.weight: bfloat16 [14, 24, 96], 1 chunks, 64,516 bytes\n" in text
-    assert f"hf -> bfloat16: 88 tensors in 168 chunks\nreads {found['bytes_read']:,} bytes, writes" in text
+    summary, tensors = text.split("\n\n")
+    assert summary.startswith(f"hf -> bfloat16: 88 tensors in 168 chunks\nreads {found['bytes_read']:,} bytes, writes")
+    lines = [re.split(" {2,}", line) for line in tensors.splitlines()]
+    assert len(lines) == 88
+    assert len({line.index("<-") for line in tensors.splitlines()}) == 1
+    assert lines[3] == [
+        "layers.0.attn.q_proj.weight",
+        "bfloat16 [14, 24, 96], 1 chunk, 64,516 bytes",
+        "<- model.layers.0.self_attn.q_proj.weight: (heads dim) hidden -> heads dim hidden",
+    ]
+    for row, (to, what, made_of) in zip(found["plan"], lines, strict=True):  # nothing less than JSON says
+        assert (to, what.split(" [")[0]) == (row["to"], row["dtype"])
+        assert f"{row['shape']}, {row['chunks']} chunk" in what
+        assert what.endswith(f", {row['bytes']:,} bytes")
+        how = f"{row['how']}, " if row["how"] else ""
+        assert made_of == f"<- {' + '.join(row['from'])}: {how}{row['pattern']}"
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(sources, tmp_path):
