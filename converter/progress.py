@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on standard error: a bar on a terminal and in a notebook, a line now and then elsewhere."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from converter.plan import Chunk
 from oss_model.memory import rss, size
+from oss_model.terminal import takes_bars
 
 LINE_SECONDS = 10
 
@@ -43,11 +44,11 @@ Show = Callable[[Progress], None]
 
 
 @contextlib.contextmanager
-def progress_bar(quiet: bool) -> Iterator[Show]:
-    """Yield a function that shows how far things are: tensors, bytes, rate, time left, memory."""
+def progress_bar(quiet: bool = False) -> Iterator[Show]:
+    """Yield a function for `convert(progress=)`, which shows how far it is: tensors, bytes, rate, time left, memory."""
     if quiet:
         yield lambda progress: None
-    elif sys.stderr.isatty():
+    elif takes_bars(sys.stderr):
         with _bar() as show:
             yield show
     else:
@@ -98,6 +99,7 @@ def _lines() -> Show:
             f"{progress.phase}: {size(progress.bytes_done)} of {size(progress.bytes_total)}, "
             f"{progress.tensors_done} of {progress.tensors_total} tensors, {size(rate)}/s{left}, {rss() >> 20} MiB",
             file=sys.stderr,
+            flush=True,
         )
 
     return show

@@ -1,8 +1,10 @@
 """What people read in a terminal: lines that its width takes, verdicts in colour. Anywhere else text is what it was."""
 
+import importlib.util
 import io
 import os
 import re
+import sys
 import textwrap
 from typing import TextIO
 
@@ -21,6 +23,12 @@ _FIELD = re.compile(r"\S+(?: \S+)+")
 def columns(stream: TextIO | io.TextIOBase) -> int | None:
     """How wide the terminal is; None where `stream` is none."""
     return os.get_terminal_size(stream.fileno()).columns or 80 if stream.isatty() else None
+
+
+def takes_bars(stream: TextIO | io.TextIOBase) -> bool:
+    """Whether rich draws progress there: `stream` is a terminal, or this is a notebook that has widgets."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return stream.isatty() or (hasattr(shell, "kernel") and importlib.util.find_spec("ipywidgets") is not None)
 
 
 def shown(text: str, stream: TextIO | io.TextIOBase) -> str:

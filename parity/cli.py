@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,7 +64,9 @@ class _Command(click.Command):
     "--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only a chunk of each parameter."
 )
 @optgroup.option(
-    "--self-test", is_flag=True, help="Test the tool itself: put every known mistake into a right port, one at a time."
+    "--self-test",
+    is_flag=True,
+    help="Test the tool itself: put every known mistake into a right port, one at a time: a quarter of an hour.",
 )
 @optgroup.group("The prompt")
 @optgroup.option(
@@ -237,8 +239,9 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     from converter import convert
     from parity.mistakes.running import RUNNING
     from parity.mistakes.selftest import self_test
+    from parity.progress import progress_bar
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         result = self_test(scratch, convert, running=RUNNING, progress=progress)
     _print(lambda width: result.table(), files)
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
@@ -268,29 +271,15 @@ def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | N
     from oss_model.config import ModelConfig
     from parity.comparison import compare
     from parity.device import computing_on
+    from parity.progress import progress_bar
     from parity.prompts import read_prompt
 
     if prompt_file is not None:
         home = source if isinstance(source, Path) else checkpoint
         vocab = ModelConfig.from_json(home / "config.json").vocab_size
         options["prompt"] = read_prompt(prompt_file, vocab, home / "tokenizer.json")
-    with computing_on(options.pop("device")), _progress_bar() as progress:
+    with computing_on(options.pop("device")), progress_bar() as progress:
         return compare(source, checkpoint, progress=progress, **options)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> "Iterator[Callable[[int, int, str], None]]":
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:  # a bar that is not shown would still leave an empty line, in older versions of rich
-        yield lambda done, total, what: None
-        return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

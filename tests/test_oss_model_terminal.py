@@ -9,10 +9,11 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from oss_model.terminal import columns, fit, shown
+from oss_model.terminal import columns, fit, shown, takes_bars
 
 ROOT = Path(__file__).parent.parent
 PRINT = """
@@ -87,3 +88,17 @@ def test_only_verdicts_are_in_colour(text, monkeypatch):
         assert columns(terminal) == 80  # it has not been told
         assert shown(text, terminal) == text
         assert shown("PASS -> FAIL\nwhat   ok x2\nFAIL: it", terminal).count("\033[0m") == 4
+
+
+@pytest.mark.parametrize(
+    ("shell", "widgets", "bars"),
+    [(None, True, False), ("python", True, False), ("kernel", True, True), ("kernel", False, False)],
+)
+def test_a_notebook_with_widgets_takes_bars(tmp_path, monkeypatch, shell, widgets, bars):
+    """As rich does it, which needs ipywidgets; a shell without a kernel is IPython in a terminal."""
+    if shell is not None:
+        interactive = SimpleNamespace(**{shell: None})
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: interactive))
+    monkeypatch.setitem(sys.modules, "ipywidgets", SimpleNamespace(__spec__="there") if widgets else None)
+    with (tmp_path / "file").open("w") as file:
+        assert takes_bars(file) == bars

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from parity import cli
+from parity import cli, progress_bar
 
 
 def run(*arguments: object) -> tuple[int, list[str]]:
@@ -114,3 +114,15 @@ def test_a_checkpoint_that_is_not_there_is_one_line(pair, tmp_path, name):
     assert code == 2
     wanted = "an Orbax checkpoint or safetensors (_METADATA, *.safetensors)"
     assert line.startswith(f"error: {tmp_path / name}: expected {wanted}, found {found}")
+
+
+def test_what_takes_long_says_where_it_is_now_and_then(monkeypatch, capsys):
+    """Not in a terminal, where a bar does."""
+    now = iter([0, 3, 12, 15, 23])
+    monkeypatch.setattr("parity.progress.time.monotonic", lambda: next(now))
+    with progress_bar() as show:
+        for done, what in enumerate(["healthy", "window-one-long", "no-sinks", "no-bias"]):
+            show(done, 993, what)
+    assert capsys.readouterr() == (
+        "", "1 of 993 done, 12 s: window-one-long\n3 of 993 done, 23 s: no-bias\n"
+    )  # fmt: skip

@@ -48,9 +48,9 @@ def test_the_page_is_that_of_the_catalogue():
     assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == faults.CATALOGUE.keys()
 
 
-def self_test(tmp_path, only):
+def self_test(tmp_path, only, **options):
     small = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
-    return selftest.self_test(tmp_path, convert, cfg=small, seeds=1, depths=1, only=only)
+    return selftest.self_test(tmp_path, convert, cfg=small, seeds=1, depths=1, only=only, **options)
 
 
 @pytest.mark.parametrize("component", ["code", "model and checkpoint"])
@@ -183,3 +183,10 @@ def test_injected_mistakes_stay_in_their_layer(checkpoints, prompt):
     for n in range(5):
         same = np.array_equal(right.layer(n).run(x)["attn_core"], wrong.layer(n).run(x)["attn_core"])
         assert same == (n != 2)
+
+
+def test_progress_counts_to_what_it_said_at_first(tmp_path, monkeypatch, one_healthy_run):
+    seen = []
+    monkeypatch.setattr(selftest, "_run", lambda name, *_: name)
+    self_test(tmp_path, only("sinks-zeroed"), running=["generate-ignores-eos"], progress=lambda *state: seen.append(state))
+    assert seen == [(0, 3, "healthy"), (1, 3, "sinks-zeroed"), (2, 3, "generate-ignores-eos")]

@@ -494,7 +494,8 @@ def test_a_report_that_cannot_be_written_is_an_error_not_a_traceback(tmp_path, m
 def test_a_notebook_shows_the_page_in_a_frame(healthy):
     shown = healthy._repr_html_()
     assert shown.startswith('<iframe srcdoc="')
-    inside = html.unescape(shown.removeprefix('<iframe srcdoc="').partition('" style=')[0])
+    inside = html.unescape(shown.removeprefix('<iframe srcdoc="').partition('" title=')[0])
+    assert shown.endswith('title="check-parity" style="width: 100%; height: 80vh; border: 0" sandbox="allow-scripts"></iframe>')
     assert inside == page.render(healthy)
     assert repr(healthy) == "<Report PASS: 25 of 25 weights exact, 339 taps>"
 

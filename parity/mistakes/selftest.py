@@ -154,8 +154,8 @@ def self_test(
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
-    start, result, cfg = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny()
-    done = 0
+    start, result, cfg, running = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny(), list(running)
+    done = total = 0
     for seed in range(seeds):
         work = scratch / f"seed-{seed}"
         source, checkpoint, packed = work / "source", work / "checkpoint", work / "packed"
@@ -169,7 +169,7 @@ def self_test(
             oracle = Recording(work / "recording")
         fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, reference.settings)]
         places = [(fault, n) for fault in fitting for n in _layers(fault, cfg, depths)]
-        total = seeds * (len(places) + len(HEALTHY))
+        total = seeds * (len(places) + len(HEALTHY)) + len(running)
         usual = _last_logits(reference, seed)
         for options in HEALTHY:
             progress(done, total, "healthy")
@@ -196,8 +196,9 @@ def self_test(
             done += 1
     asked = _Asked(scratch / "seed-0" / "source")
     for name in running:
-        progress(done, done, name)
+        progress(done, total, name)
         result.running.append(_run(name, RUNNING[name], scratch / "seed-0", asked))
+        done += 1
     result.seconds = time.monotonic() - start
     return result
 

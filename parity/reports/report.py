@@ -255,7 +255,8 @@ class Report:
         """The page, in a notebook: in a frame of its own, whose styles and scripts are not the notebook's."""
         from parity.reports.html import render
 
-        return f'<iframe srcdoc="{escape(render(self))}" style="width: 100%; height: 80vh; border: 0" sandbox="allow-scripts">'
+        style = "width: 100%; height: 80vh; border: 0"
+        return f'<iframe srcdoc="{escape(render(self))}" title="check-parity" style="{style}" sandbox="allow-scripts"></iframe>'
 
     def to_pandas(self) -> Any:
         """The taps as a `pandas.DataFrame`, a row each; pandas is not installed with this."""
