@@ -59,17 +59,19 @@ def progress_bar(quiet: bool = False) -> Iterator[Show]:
 def _bar() -> Iterator[Show]:
     import rich.progress
     from rich.console import Console
+    from rich.table import Column
 
+    console = Console(stderr=True)
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.fields[tensors]} tensors"),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
+        *([rich.progress.TextColumn("{task.fields[tensors]} tensors")] if console.width >= 76 else []),  # else all would wrap
+        rich.progress.DownloadColumn(table_column=Column(no_wrap=True)),
+        rich.progress.TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        rich.progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
         rich.progress.TextColumn("{task.fields[memory]}"),
     )
-    with rich.progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with rich.progress.Progress(*columns, console=console) as bar:
         tasks: dict = {}
 
         def show(progress: Progress) -> None:

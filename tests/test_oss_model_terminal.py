@@ -102,3 +102,19 @@ def test_a_notebook_with_widgets_takes_bars(tmp_path, monkeypatch, shell, widget
     monkeypatch.setitem(sys.modules, "ipywidgets", SimpleNamespace(__spec__="there") if widgets else None)
     with (tmp_path / "file").open("w") as file:
         assert takes_bars(file) == bars
+
+
+BARS = """
+from converter import progress_bar
+from converter.progress import Progress
+with progress_bar() as show:
+    show(Progress("converting", 14_100_000_000, 41_800_000_000, 280, 411))
+"""
+
+
+@pytest.mark.parametrize("width", [60, 76, 80])
+def test_a_bar_is_a_line_and_loses_no_figure(width):
+    plain = [re.sub(r"\033\[[\d;?]*\w", "", line).split("\r")[-1] for line in in_terminal([sys.executable, "-c", BARS], width)]
+    last = [line for line in plain if line][-1]
+    assert re.fullmatch(r"converting .*━.* 14\.1/41\.8 GB .* \d+ MiB", last)
+    assert ("280/411 tensors" in last) == (width >= 76)
