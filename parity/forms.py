@@ -34,7 +34,7 @@ from oss_model.shards import Checkpoint
 from oss_model.taps import Layer, tapping
 from parity.device import here
 from parity.handing import Job, Result, read_job, read_results, write_job, write_results
-from parity.protocols import Answers, Arrays, Taps, Updates
+from parity.protocols import CALL, RETURNED, Answers, Arrays, Taps, Updates, padding_of
 
 LOGITS, TOKENS, GRADIENTS, UPDATED = "logits", "tokens", "gradients", "updated logits"
 LORA_RULES, LORA_RANK, LORA_ALPHA = (r".*attn\.(q|k|v|o)_proj", r".*mlp\.(gate_up|down)"), 3, 6.0
@@ -91,14 +91,15 @@ def unpadded(values: jax.Array, positions: jax.Array) -> list[np.ndarray]:
 
 
 class Watch:
-    """The taps of every call that is made meanwhile, put together by row and position.
+    """The taps of every call that is made meanwhile, put together by row and position; of padding by row alone.
 
     Values leave compiled code by `jax.debug.callback`: what was compiled without it is forgotten before and after.
     """
 
     def __init__(self):
         self.found: dict[tuple[int | None, str], dict[int, dict[int, np.ndarray]]] = {}
-        self.positions = np.zeros((0, 0), np.int32)
+        self.padding: dict[tuple[int | None, str], dict[int, list[np.ndarray]]] = {}
+        self.positions, self.calls = np.zeros((0, 0), np.int32), 0
 
     def __enter__(self) -> "Watch":
         jax.clear_caches()
@@ -120,20 +121,33 @@ class Watch:
     def keep(self, name: str, number: Any, value: Any) -> None:
         layer = int(number) if number >= 0 else None
         kept, rows = self.found.setdefault((layer, name), {}), np.asarray(value)
+        padding = self.padding.setdefault((layer, padding_of(name)), {})
         if rows.dtype != np.int32:
             rows = rows.astype(np.float32)
         if rows.size % self.positions.size:
             return
         rows = rows.reshape(*self.positions.shape, -1)
-        for row, column in zip(*np.nonzero(self.positions >= 0), strict=True):
-            kept.setdefault(int(row), {})[int(self.positions[row, column])] = rows[row, column]
+        for row, column in np.ndindex(self.positions.shape):
+            if (position := int(self.positions[row, column])) >= 0:
+                kept.setdefault(row, {})[position] = rows[row, column]
+            else:
+                padding.setdefault(row, []).append(rows[row, column])
 
-    def rows(self, lengths: Sequence[int]) -> dict[tuple[int | None, str], list[np.ndarray]]:
+    def called(self, positions: np.ndarray) -> None:
+        """A call of the model at these positions is made next."""
+        self.positions, self.calls = positions, self.calls + 1
+        self.keep(CALL, -1, np.full(positions.shape, self.calls - 1, np.int32))
+
+    def rows(self, lengths: Sequence[int]) -> Taps:
         """Of each tap and row [length, ...]; those that were not seen at every position of every row are left out."""
-        whole = {}
+        whole: Taps = {}
         for place, kept in self.found.items():
             if all(len(kept.get(row, ())) == length for row, length in enumerate(lengths)):
                 whole[place] = [np.stack([kept[row][at] for at in range(length)]) for row, length in enumerate(lengths)]
+        if (None, CALL) in whole:
+            whole[None, CALL] = [calls[:, 0] for calls in whole[None, CALL]]
+        for place, kept in self.padding.items():
+            whole[place] = [np.stack(kept[row]) if row in kept else np.zeros((0, 1)) for row in range(len(lengths))]
         return whole
 
 
@@ -143,7 +157,7 @@ _watch: ContextVar[Watch | None] = ContextVar("parity_watch", default=None)
 def _call(function: Callable[..., Any], model: Transformer, tokens: jax.Array, positions: jax.Array, *rest: Any) -> Any:
     """A call of the model whose tokens lie at these positions."""
     if (watch := _watch.get()) is not None:
-        watch.positions = np.asarray(positions)
+        watch.called(np.asarray(positions))
     out = function(model, tokens, *rest)
     if watch is not None:
         jax.block_until_ready(out)
@@ -416,8 +430,9 @@ class Forms:
         """In this process; with WATCHED for a dtype, what it computes in float32 on the way."""
         if dtype == WATCHED:
             with Watch() as watch:
-                self.one(name, "float32", asked)
-            return watch.rows([len(row) for row in asked.rows])
+                returned = self.one(name, "float32", asked)
+            found = watch.rows([len(row) for row in asked.rows])
+            return found | ({(None, RETURNED): returned} if isinstance(returned, list) else {})
         form, path = table(self.cfg)[name], self.path
         held = {"packed": "mxfp4", "values": "bfloat16" if self.holds_packed else None}.get(form.stored)
         if form.stored == "packed" and not self.holds_packed:

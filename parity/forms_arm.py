@@ -20,11 +20,12 @@ from oss_model.taps import LAYER_TAPS, MODEL_TAPS
 from parity import metrics
 from parity.forms import LONG_FORM
 from parity.gradients import compare_gradients
-from parity.protocols import Answers, Arrays, FormsSubject, Oracle, Port, Question, Unanswered
+from parity.metrics import NEAR_TIE
+from parity.mistakes.run_diagnosis import RunDiagnosis
+from parity.mistakes.wrong_runs import TOKENS, UPDATED
+from parity.protocols import RETURNED, Answers, Arrays, FormsSubject, Oracle, Port, Question, Taps, Unanswered
 from parity.reports.report import FormResult, Report
 
-# Of a router's logits, or of the model's: two that are this close, over the largest, may change places by rounding.
-NEAR_TIE = 4e-5
 SEEDS = 8  # of rows, tried for some without a near-tie
 NEW = 2.0  # tokens to generate, in windows: the ring is written over
 BFLOAT16 = "bfloat16"
@@ -71,7 +72,7 @@ def compare_forms(
             seeds=tuple(range(seed, seed + SEEDS)),
             near_tie=NEAR_TIE,
         )
-        _Arm(subject, oracle, report, "model" if fits else "replica", question).run(forms, progress)
+        _Arm(port, subject, oracle, report, "model" if fits else "replica", question).run(forms, progress)
 
 
 def compare_long(port: Port, oracle: Oracle, report: Report, *, seed: int, progress: Callable[[int, int, str], None]) -> None:
@@ -88,7 +89,7 @@ def compare_long(port: Port, oracle: Oracle, report: Report, *, seed: int, progr
         directory = write_checkpoint(Path(scratch) / "replica", cfg, seed=seed)
         lengths = (min(LONG, cfg.max_position_embeddings),)
         question = Question(directory, lengths, 0, ("logits",), None, (seed,), NEAR_TIE)
-        _Arm(subject.of(directory), oracle, report, "replica", question).run({LONG_FORM: "logits"}, progress)
+        _Arm(port, subject.of(directory), oracle, report, "replica", question).run({LONG_FORM: "logits"}, progress)
 
 
 def replica(cfg: ModelConfig, oracle: Oracle) -> ModelConfig:
@@ -118,6 +119,7 @@ def replica(cfg: ModelConfig, oracle: Oracle) -> ModelConfig:
 
 @dataclasses.dataclass
 class _Arm:
+    port: Port
     subject: FormsSubject
     oracle: Oracle
     report: Report
@@ -133,17 +135,42 @@ class _Arm:
         except Unanswered as reason:
             self.report.lacks(f"forms: {reason}")
             return
+
+        def right(form: str) -> bool:
+            _, _, found = next(iter(self.subject.run([(form, "float32")], answers)))
+            return self._judge(form, "float32", self.subject.forms(True)[form], found, answers).verdict == "ok"
+
+        given = self.report, self.port, self.subject, self.oracle, self.question, answers
+        self.diagnosis = RunDiagnosis(*given, right)
         runs = [(form, dtype) for form, gives in forms.items() for dtype in ("float32", BFLOAT16) if _asked(gives, dtype)]
+        wrong: list[tuple[FormResult, Any]] = []
         for done, (form, dtype, found) in enumerate(self.subject.run(runs, answers)):
             progress(done, len(runs), form)
-            self._judge(form, dtype, forms[form], found, answers)
+            result = self._judge(form, dtype, forms[form], found, answers)
+            if result.verdict == "fail" and self._again(result, forms[form], answers):
+                wrong.append((result, found))
+            self.report.forms.append(result)
         for result in self.report.forms[before:]:
-            if result.verdict == "fail" and result.dtype == "float32" and forms[result.form] == "logits":
-                self._locate(result, answers)
+            if result.verdict == "incomplete":
+                self.report.lacks(f"forms: {result.form} in {result.dtype} was not compared: {result.note}")
+        for done, (result, found) in enumerate(wrong):
+            progress(done, len(wrong), f"{result.form}?")
+            if result.dtype == "float32":
+                self._explain(result, forms[result.form], found, answers)
+            else:
+                self.diagnosis.rounds(result)
 
-    def _judge(self, form: str, dtype: str, gives: str, found: Any, answers: Answers) -> None:
+    def _again(self, result: FormResult, gives: str, answers: Answers) -> bool:
+        """Whether a form that is wrong is wrong a second time: else nothing can be said of it but that."""
+        _, _, found = next(iter(self.subject.run([(result.form, result.dtype)], answers)))
+        second = self._judge(result.form, result.dtype, gives, found, answers)
+        if second.verdict != "fail":
+            result.verdict = "incomplete"
+            result.note = f"not reproducible: wrong the first time ({result.note}), right the second, at the same input"
+        return second.verdict == "fail"
+
+    def _judge(self, form: str, dtype: str, gives: str, found: Any, answers: Answers) -> FormResult:
         result = FormResult(form, self.on, dtype, "incomplete", None)
-        self.report.forms.append(result)
         if isinstance(found, str):
             result.note = found
         elif gives == "tokens":
@@ -158,8 +185,7 @@ class _Arm:
                 self._ratio(result, found, want, answers)
             else:
                 self._logits(result, found, want, answers)
-        if result.verdict == "incomplete":
-            self.report.lacks(f"forms: {form} in {dtype} was not compared: {result.note}")
+        return result
 
     def _logits(self, result: FormResult, found: list[np.ndarray], want: list[np.ndarray], answers: Answers) -> None:
         worst, judged, total, bad = 0.0, 0, 0, []
@@ -182,9 +208,35 @@ class _Arm:
             result.verdict = "incomplete"
         result.note = "; ".join(notes)
 
-    def _locate(self, result: FormResult, answers: Answers) -> None:
-        """Where, run by itself, the form first parts from the reference: it is watched, and both sides' streams compared."""
-        found = self.subject.watch(result.form, answers)
+    def _explain(self, result: FormResult, gives: str, found: Any, answers: Answers) -> None:
+        """Where a form parts from the reference, if its stream can be seen, and what explains it."""
+        if gives == "logits":
+            self._locate(result, self.diagnosis.watch(result.form), answers)
+        elif gives == "updated logits":
+            self.diagnosis.gave(result, UPDATED, found, answers.updated, {(None, "updates"): self.subject.updates})
+        elif gives == "gradients":
+            self.diagnosis.gave(result, "gradients", found, answers.gradients)
+        elif not self._replayed(result, answers):
+            self.diagnosis.gave(result, TOKENS, found, answers.made)
+
+    def _replayed(self, result: FormResult, answers: Answers) -> bool:
+        """Whether the cache goes wrong on the tokens that should have been generated: then that is where, and what."""
+        if "cache" not in self.subject.forms(True):
+            return False
+        rows = [np.concatenate([row, made[:-1]]) for row, made in zip(answers.rows, answers.made, strict=True)]
+        margins, k = [np.full(len(row), np.inf) for row in rows], self.subject.cfg.num_experts_per_tok
+        try:
+            for want in self.oracle.taps(self.question.replica, rows):
+                for (_, tap), found in want.items():
+                    if tap == "router_logits" and k < found[0].shape[-1]:
+                        margins = [np.minimum(*pair) for pair in zip(margins, (_margin(one, k) for one in found), strict=True)]
+        except Unanswered:
+            return False
+        longer = answers._replace(rows=rows, margins=margins)
+        return self._locate(result, self.diagnosis.watch("cache", longer), longer, elsewhere=True)
+
+    def _locate(self, result: FormResult, found: Taps, answers: Answers, elsewhere: bool = False) -> bool:
+        """Where a form that is watched first parts from the reference: both sides' streams are compared."""
         try:
             for want in self.oracle.taps(self.question.replica, answers.rows) if found else ():
                 layer = next(iter(want))[0]
@@ -193,13 +245,17 @@ class _Arm:
                         result.layer, result.tap = layer, tap
                         place = tap if layer is None else f"layer {layer} {tap}"
                         missing = ", which was not computed" if (layer, tap) not in found else ""
-                        result.note = f"parts at {place}{missing}; {result.note}"
-                        return
+                        replayed = ", on the cache, given the right tokens" if elsewhere else ""
+                        result.note = f"parts at {place}{missing}{replayed}; {result.note}"
+                        self.diagnosis.parted(result, (layer, tap), found, want[layer, tap], answers)
+                        return True
         except Unanswered:
-            return
-        if found:
-            result.tap = "returned"
+            return False
+        if found and not elsewhere:
+            result.tap = RETURNED
             result.note = f"every tap is right, what is returned is not; {result.note}"
+            self.diagnosis.parted(result, (None, RETURNED), found, answers.logits, answers)
+        return False
 
     @staticmethod
     def _same(tap: str, found: list[np.ndarray] | None, want: list[np.ndarray], answers: Answers) -> bool:
@@ -254,6 +310,12 @@ class _Arm:
 def _asked(gives: str, dtype: str) -> bool:
     """In bfloat16 logits alone: tokens flip there, and gradients and updates are held in float32."""
     return dtype == "float32" or gives == "logits"
+
+
+def _margin(logits: np.ndarray, k: int) -> np.ndarray:
+    """Of each token [length], as `Answers.margins`, of one layer."""
+    best = -np.sort(-logits, axis=-1)
+    return (best[:, k - 1] - best[:, k]) / np.abs(logits).max(-1)
 
 
 def until(made: np.ndarray, eos: tuple[int, ...]) -> int:

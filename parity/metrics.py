@@ -22,6 +22,8 @@ FREE_RUN_NOISE = 5e-6  # that worst
 ROPE_GATE = 2e-6
 # Two experts whose reference logits are this much closer than the candidate's logit noise may change places.
 FLIP_MARGIN = 4.0
+# Of a router's logits, or of the model's: two that are this close, over the largest, may change places by rounding.
+NEAR_TIE = 4e-5
 # What counts as noise there at most, relative to the token's largest logit: a free run's router logits in float32 are
 # good to 1e-5 or better, and beyond this the difference is a fault that explains nothing.
 FLIP_NOISE = 1e-3

@@ -25,6 +25,13 @@ Updates = dict[str, tuple[np.ndarray, np.ndarray]]  # module -> low-rank A and B
 Settings = dict[str, Any]  # what a configuration says: names of `oss_model.ModelConfig`, and eos_token_id -> value as JSON
 
 
+CALL, RETURNED = "call", "returned"  # of `FormsSubject.watch`, beside the taps
+
+
+def padding_of(tap: str) -> str:
+    return f"{tap} of padding"
+
+
 class Sizes(NamedTuple):
     layers: int
     experts: int
@@ -220,7 +227,12 @@ class FormsSubject(Protocol):
         ...
 
     def watch(self, form: str, asked: Answers) -> Taps:
-        """What a form that gives logits computes on the way, in float32; empty where that cannot be seen."""
+        """What a form that gives logits computes on the way, in float32; empty where that cannot be seen.
+
+        Beside the taps, where a port can say it: (None, CALL), the number of the call that computed a token, from 0;
+        (None, RETURNED), the logits that it gave in the end; (layer, padding_of(tap)), of each row what the tap was on padding.
+        They are asked for to say what is wrong, not where.
+        """
         ...
 
 
@@ -344,6 +356,27 @@ class Asked(NamedTuple):
     gradients: bool
 
 
+class Wrongly(Protocol):
+    """A reference that has its parameters, and can also be wrong on purpose: to name a mistake by what it gives."""
+
+    def first_parameters(self) -> Iterable[Expected]: ...
+    def last_parameters(self) -> Iterable[Expected]: ...
+    def layer(self, n: int) -> OracleLayer: ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+    def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]: ...
+
+    def updated(self, rows: list[np.ndarray], updates: Updates, alpha: float) -> list[np.ndarray] | None:
+        """As `Answers.updated`, with this alpha."""
+        ...
+
+    def twice(self, part: str, row: np.ndarray) -> Arrays:
+        """As `Answers.gradients` of a row, every "block", or the "experts" of every block, applied a second time."""
+        ...
+
+
 class Oracle(Protocol):
     """The side that is right: PyTorch (`parity.reference`), or what it said before (`parity.recording`)."""
 
@@ -392,6 +425,14 @@ class Oracle(Protocol):
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
         """Every tap of each row, run alone, in float32: the embedding, each layer, and what comes after, one at a time.
+
+        Raises:
+          Unanswered: as `answers`.
+        """
+        ...
+
+    def of(self, replica: Path | None) -> "Wrongly":
+        """Itself, or the same of a replica, asked what a mistake would give.
 
         Raises:
           Unanswered: as `answers`.

@@ -35,6 +35,7 @@ from parity.protocols import (
     SupportsReferenceGradients,
     Taps,
     Unanswered,
+    Wrongly,
 )
 
 FORMAT = 2
@@ -103,6 +104,9 @@ class Recorder:
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
         return self.oracle.taps(replica, rows)
+
+    def of(self, replica: Path | None) -> Wrongly:
+        return self.oracle.of(replica)
 
     @property
     def rope_positions(self) -> np.ndarray:
@@ -249,6 +253,9 @@ class Recording:
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
         raise Unanswered("a recording has no taps of run forms")
+
+    def of(self, replica: Path | None) -> Wrongly:
+        raise Unanswered("a recording cannot compute anything")
 
     def embed(self, tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if not np.array_equal(tokens, self.prompt.tokens):

@@ -78,7 +78,7 @@ class Weights:
             if got is None:
                 self.report.loading.append(Weight(name, "was not loaded"))
             elif digest(got) != digests[name]:
-                self.report.loading.append(Weight(name, _told_apart(self.port.restore([name])[name], got)))
+                self.report.loading.append(Weight(name, told_apart(self.port.restore([name])[name], got)))
 
 
 def unmatched(patterns: Sequence[str], port: Port) -> list[str]:
@@ -111,7 +111,7 @@ def _moved(expected: Expected, got: np.ndarray) -> float:
     return metrics.rel_l2(got, np.asarray(expected.value()[:]))
 
 
-def _told_apart(want: np.ndarray, got: np.ndarray) -> str:
+def told_apart(want: np.ndarray, got: np.ndarray) -> str:
     """How what was loaded is not what is stored."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return f"loaded as {got.dtype}{list(got.shape)}, stored as {want.dtype}{list(want.shape)}"

@@ -274,7 +274,16 @@ class Diagnosis:
         self.done = True
 
     def _find(self, cause: str, layer: int | None, tap: str, **found: Any) -> dict[str, Any]:
-        one = {"cause": cause, "layer": layer, "tap": tap, "fault": None, "name": None, "pattern": "", "follows": None} | found
+        one = {
+            "cause": cause,
+            "layer": layer,
+            "tap": tap,
+            "fault": None,
+            "name": None,
+            "pattern": "",
+            "follows": None,
+            "forms": [],
+        } | found
         self.report.findings.append(one)
         return one
 
@@ -299,16 +308,16 @@ def pattern(tap: str, got: np.ndarray, taps: Arrays, judge: Judge) -> str:
     wrong = wrong[tokens]
     found = []
     if tap in _HEADS:
-        found.append(_which("head", np.any(wrong.reshape(len(wrong), wrong.shape[1], -1), axis=(0, 2))))
+        found.append(which("head", np.any(wrong.reshape(len(wrong), wrong.shape[1], -1), axis=(0, 2))))
     if tap == "mlp_out":
         bad, choice = np.any(wrong, axis=-1), taps["expert_choice"][tokens]
         share = [bad[(choice == e).any(-1)] for e in range(taps["router_logits"].shape[-1])]
-        found.append(_which("expert", np.array([used.size > 0 and bool(used.all()) for used in share])))
-    found.append(_which("channel", np.any(wrong, axis=tuple(range(wrong.ndim - 1)))))
+        found.append(which("expert", np.array([used.size > 0 and bool(used.all()) for used in share])))
+    found.append(which("channel", np.any(wrong, axis=tuple(range(wrong.ndim - 1)))))
     return "; ".join(part for part in found if part)
 
 
-def _which(noun: str, wrong: np.ndarray) -> str:
+def which(noun: str, wrong: np.ndarray) -> str:
     places = np.flatnonzero(wrong)
     if not places.size:
         return ""

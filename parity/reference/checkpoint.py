@@ -18,7 +18,18 @@ from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
 from parity.prompts import Prompt
-from parity.protocols import Answers, Arrays, Asked, Expected, Port, Question, Settings, Sizes, SupportsReferenceGradients
+from parity.protocols import (
+    Answers,
+    Arrays,
+    Asked,
+    Expected,
+    Port,
+    Question,
+    Settings,
+    Sizes,
+    SupportsReferenceGradients,
+    Updates,
+)
 from parity.protocols import Taps as TapRows
 from parity.reference import gradients
 from parity.reference.bits import difference
@@ -221,12 +232,23 @@ class Reference:
         """What run forms are compared with, by transformers' whole model."""
         from parity.reference.whole import Whole
 
-        return Whole(self if question.replica is None else Reference(question.replica)).answer(question)
+        return Whole(self.of(question.replica)).answer(question)
+
+    def of(self, replica: Path | None) -> "Reference":
+        return self if replica is None else Reference(replica)
+
+    def updated(self, rows: list[np.ndarray], updates: Updates, alpha: float) -> list[np.ndarray] | None:
+        from parity.reference.whole import Whole
+
+        return Whole(self).updated(rows, updates, alpha)
+
+    def twice(self, part: str, row: np.ndarray) -> Arrays:
+        return gradients.gradients(self, row[None], part)[0]
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[TapRows]:
         """Of each row run alone: see `parity.protocols.Oracle.taps`."""
         if replica is not None:
-            yield from Reference(replica).taps(None, rows)
+            yield from self.of(replica).taps(None, rows)
             return
 
         def named(n: int | None, runs: list[Arrays]) -> TapRows:

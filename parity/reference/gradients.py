@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from parity.reference.checkpoint import Reference
 
 
-def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[np.ndarray]]:
+_AGAIN = {
+    "block": lambda layer, args, kwargs, out: layer.forward(out, *args[1:], **kwargs),
+    "experts": lambda layer, args, kwargs, out: out + layer.mlp(layer.post_attention_layernorm(out))[0],
+}
+
+
+def gradients(reference: "Reference", tokens: np.ndarray, twice: str = "") -> tuple[Arrays, list[np.ndarray]]:
     """PyTorch's gradients, named and laid out as in Orbax, and each layer's choice of experts.
 
     Args:
       tokens: int [batch, length], without padding.
+      twice: "block" or "experts": what is applied a second time in every layer, to name a model that does so.
     """
     from parity.reference.checkpoint import as_in_orbax
     from parity.reference.whole import whole_model
@@ -28,6 +35,8 @@ def gradients(reference: "Reference", tokens: np.ndarray) -> tuple[Arrays, list[
     layers: Any = model.model.layers
     for layer in layers:
         layer.mlp.router.register_forward_hook(lambda module, args, output: routing.append(output[2].numpy()))
+        if twice:
+            layer.register_forward_hook(_AGAIN[twice], with_kwargs=True)
     given = torch.from_numpy(tokens).long()
     logits = model(given, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), given[:, 1:].flatten()).backward()

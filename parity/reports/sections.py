@@ -257,6 +257,8 @@ def _diagnosis(report: Report) -> Iterator[Section]:
         said = [f"diagnosis: {parameter}{found['fault']}{residuals(found)}   [{found['name']}]", f"  to do: {found['fix']}"]
         if found["others"]:
             said.append(f"  as well as: {', '.join(other['name'] for other in found['others'])}")
+        if found["forms"]:
+            said.append(f"  as it is run ({', '.join(found['forms'])}): {found['pattern']}".removesuffix(": "))
     elif report.explained:
         pattern = f"; {report.pattern}" if report.pattern else ""
         why = f"none of the {report.tried} known mistakes of this place explains it"
@@ -279,17 +281,19 @@ def _others(report: Report) -> list[str]:
             said = one["fault"] or ", ".join(part for part in ("no known mistake explains it", one["pattern"]) if part)
             if one["follows"] is not None:
                 said = f"follows from {_place(one['follows'])}"
-            rest.setdefault((one["tap"], said, one["name"]), []).append(one["layer"])
+            rest.setdefault((one["tap"], said, one["name"], ", ".join(one["forms"])), []).append(one["layer"])
     lines = []
-    for (tap, said, name), layers in rest.items():
+    for (tap, said, name, forms), layers in rest.items():
         inside = [str(layer) for layer in layers if layer is not None]
         where = f"layer{'s' * (len(inside) > 1)} {', '.join(inside)} " if inside and "." not in tap else ""
-        lines.append(f"also wrong: {where}{tap}: {said}{f'   [{name}]' if name else ''}")
+        how = f"as it is run ({forms}), " if forms else ""
+        lines.append(f"also wrong: {how}{where}{tap}: {said}{f'   [{name}]' if name else ''}")
     return lines
 
 
 def _place(one: dict[str, Any]) -> str:
-    return one["tap"] if one["layer"] is None else f"layer {one['layer']} {one['tap']}"
+    place = one["tap"] if one["layer"] is None else f"layer {one['layer']} {one['tap']}"
+    return f"{one['forms'][0]}, {place}" if one.get("forms") else place
 
 
 def residuals(diagnosis: dict) -> str:
