@@ -237,12 +237,12 @@ def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     with contextlib.suppress(RuntimeError):  # they are there already
         jax.config.update("jax_num_cpu_devices", 8)  # mistakes of meshes are put into this process
     from converter import convert
-    from parity.mistakes.running import RUNNING
+    from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
     from parity.mistakes.selftest import self_test
     from parity.progress import progress_bar
 
     with progress_bar() as progress:
-        result = self_test(scratch, convert, running=RUNNING, progress=progress)
+        result = self_test(scratch, convert, running=(*RUNNING, *EQUIVALENT_RUNS), progress=progress)
     _print(lambda width: result.table(), files)
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code

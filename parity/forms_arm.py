@@ -41,6 +41,7 @@ def compare_forms(
     fits: bool,
     seed: int,
     progress: Callable[[int, int, str], None],
+    dtypes: Sequence[str] = ("float32", BFLOAT16),
 ) -> None:
     """Fill `report.forms`.
 
@@ -48,6 +49,7 @@ def compare_forms(
       which: "default", "all", or names of forms.
       fits: whether the model itself is run; else a replica of it with smaller sizes.
       seed: of the rows, and of a replica.
+      dtypes: that forms of logits are run in; others are in float32 alone.
     """
     subject = port.can.forms
     if subject is None:  # a port of one's own that declares none
@@ -72,7 +74,7 @@ def compare_forms(
             seeds=tuple(range(seed, seed + SEEDS)),
             near_tie=NEAR_TIE,
         )
-        _Arm(port, subject, oracle, report, "model" if fits else "replica", question).run(forms, progress)
+        _Arm(port, subject, oracle, report, "model" if fits else "replica", question, dtypes).run(forms, progress)
 
 
 def compare_long(port: Port, oracle: Oracle, report: Report, *, seed: int, progress: Callable[[int, int, str], None]) -> None:
@@ -125,6 +127,7 @@ class _Arm:
     report: Report
     on: str
     question: Question
+    dtypes: Sequence[str] = ("float32", BFLOAT16)
 
     def run(self, forms: dict[str, str], progress: Callable[[int, int, str], None]) -> None:
         """These forms, each with what it gives."""
@@ -142,7 +145,7 @@ class _Arm:
 
         given = self.report, self.port, self.subject, self.oracle, self.question, answers
         self.diagnosis = RunDiagnosis(*given, right)
-        runs = [(form, dtype) for form, gives in forms.items() for dtype in ("float32", BFLOAT16) if _asked(gives, dtype)]
+        runs = [(form, dtype) for form, gives in forms.items() for dtype in self.dtypes if _asked(gives, dtype)]
         wrong: list[tuple[FormResult, Any]] = []
         for done, (form, dtype, found) in enumerate(self.subject.run(runs, answers)):
             progress(done, len(runs), form)

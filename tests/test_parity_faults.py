@@ -18,6 +18,7 @@ from parity.candidate import Candidate
 from parity.cli import main
 from parity.mistakes import catalogue as faults
 from parity.mistakes import running, selftest
+from parity.mistakes.as_run import AS_RUN
 from parity.mistakes.corruption import CHECKPOINT, SOURCE
 from parity.mistakes.edits import EDITS
 from parity.mistakes.faulty import Faulty
@@ -45,7 +46,8 @@ def test_every_mistake_is_made_on_both_sides():
 
 def test_the_page_is_that_of_the_catalogue():
     assert (ROOT / "docs/faults.md").read_text(encoding="utf-8") == faults.page()
-    assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == faults.CATALOGUE.keys()
+    names = faults.CATALOGUE.keys() | {row.name for row in AS_RUN} | running.EQUIVALENT_RUNS.keys()
+    assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == names
 
 
 def self_test(tmp_path, only, **options):
@@ -104,6 +106,17 @@ def test_a_mistake_found_elsewhere_fails_the_self_test(tmp_path, monkeypatch, on
     assert "MISLOCATED sinks-zeroed, layer 0, seed 0" in result.table()
 
 
+def test_a_name_that_is_not_what_was_made_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
+    right = selftest._run
+    monkeypatch.setattr(selftest, "_run", lambda *given: right(*given)._replace(false=["padding-seen"]))
+    small = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
+    result = selftest.self_test(
+        tmp_path, convert, cfg=small, seeds=1, depths=1, only=only("sinks-zeroed"), running=["generate-ignores-eos"]
+    )
+    assert (result.exit_code, [one.named for one in result.running]) == (4, [True])
+    assert "FALSE      generate-ignores-eos, generate, eos, seed 0" in result.table()
+
+
 def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
     monkeypatch.setattr(metrics, "TIMES", 1e-6)
     result = self_test(tmp_path, only("norm-eps", "q-bias-missing"))
@@ -115,9 +128,15 @@ def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(faults, "CATALOGUE", {name: faults.CATALOGUE[name] for name in ("sinks-zeroed",)})
     monkeypatch.setattr(selftest, "CATALOGUE", faults.CATALOGUE)
     monkeypatch.setattr(running, "RUNNING", {"ragged-wrong": running.RUNNING["ragged-wrong"]})
+    monkeypatch.setattr(running, "EQUIVALENT_RUNS", {})
+    monkeypatch.setattr(selftest, "_layers", lambda *_: [0])
     run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
-    assert (run.exit_code, run.stdout.splitlines()[0]) == (0, "self-test   1 mistakes, 9 runs")
-    assert json.loads((tmp_path / "out.json").read_text())["exit_code"] == 0
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert [(one["seed"], one["found"], one["named"], one["false"]) for one in said["running"]] == [
+        (seed, True, True, []) for seed in range(3)
+    ], run.output
+    assert (run.exit_code, run.stdout.splitlines()[0]) == (0, "self-test   2 mistakes, 6 runs")
+    assert said["exit_code"] == 0
     run = CliRunner().invoke(main, ["--self-test", str(sources["hf"]), "--html", str(tmp_path / "x.html")])
     assert (run.exit_code, len(run.stderr.splitlines())) == (2, 2)
 

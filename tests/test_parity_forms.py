@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oss_model import ModelConfig
+from oss_model import ModelConfig, attention
 from oss_model.buckets import path_of
 from oss_model.layers import RotaryEmbedding
 from parity import compare, forms, forms_arm, handing, metrics
 from parity.candidate import Candidate
 from parity.forms_arm import NEAR_TIE, compare_forms, compare_long, replica, until
-from parity.mistakes.running import RUNNING
+from parity.mistakes.as_run import AS_RUN
+from parity.mistakes.catalogue import CATALOGUE
+from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
 from parity.prompts import random_prompt
 from parity.protocols import Answers, PortCan, Question
 from parity.recording import Recorder, Recording
@@ -27,6 +29,7 @@ from parity.reports.report import Report
 SOME = (
     "last-layer-skipped", "layers-run-in-another-order", "logits-of-the-token-before", "sinks-lost-in-loading",
     "windows-lost-in-loading", "rows-see-the-first", "padding-seen", "jit-only", "ragged-wrong", "ring-keeps-the-first",
+    "embedding-scaled-in-embed", "rows-rotated-one-more", "padding-is-nan", "padding-counted", "keys-lost-past-32",
     "generate-ignores-eos", "lora-scale-ignored", "remat-applies-a-block-twice",
 )  # fmt: skip
 
@@ -43,19 +46,6 @@ class Kept(Reference):
         return self.kept
 
 
-class Only:
-    """A subject that is asked for these forms."""
-
-    def __init__(self, subject: forms.Forms, names):
-        self.subject, self.names = subject, names
-
-    def __getattr__(self, name: str):
-        return getattr(self.subject, name)
-
-    def forms(self, everything: bool) -> dict[str, str]:
-        return {name: forms.table(self.subject.cfg)[name].gives for name in self.names}
-
-
 @pytest.fixture(scope="module")
 def subject(checkpoints, sources) -> forms.Forms:
     found = Candidate(checkpoints["bfloat16"], source=sources["hf"]).can.forms
@@ -70,15 +60,17 @@ def reference(sources, subject) -> Kept:
     return kept
 
 
-def run(subject, reference, names, dtypes=("float32",)) -> Report:
+@pytest.fixture(scope="module")
+def candidate(checkpoints, sources) -> Candidate:
+    return Candidate(checkpoints["bfloat16"], source=sources["hf"])
+
+
+def run(subject, reference, names, dtypes=("float32",), candidate=None) -> Report:
     report = Report("source", "checkpoint", "model", 1, 0)
-    asked, both = forms_arm._asked, dtypes
-    forms_arm._asked = lambda gives, dtype: asked(gives, dtype) and dtype in both
-    try:
-        port = types.SimpleNamespace(can=PortCan(forms=Only(subject, names)))
-        compare_forms(port, reference, report, "all", fits=True, seed=0, progress=lambda *_: None)
-    finally:
-        forms_arm._asked = asked
+    calls = None if candidate is None else Candidate(candidate.path).can.calls  # loaded anew
+    stored, restore = ({}, dict) if candidate is None else (candidate.stored, candidate.restore)
+    port = types.SimpleNamespace(can=PortCan(forms=subject, calls=calls), stored=stored, restore=restore)
+    compare_forms(port, reference, report, names, fits=True, seed=0, progress=lambda *_: None, dtypes=dtypes)  # type: ignore[arg-type]
     return report
 
 
@@ -92,10 +84,10 @@ def test_a_right_model_is_right_however_it_is_run(name, subject, reference):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_what_only_a_way_of_running_shows_is_found_and_located(name, subject, reference):
+def test_what_only_a_way_of_running_shows_is_found_located_and_named(name, subject, reference, candidate):
     mistake = RUNNING[name]
     with mistake.injected():
-        report = run(subject, reference, mistake.forms[:1])
+        report = run(subject, reference, mistake.forms[:1], candidate=candidate)
     form = report.forms[0]
     assert form.verdict == "fail"
     assert report.verdict == "fail"
@@ -104,14 +96,87 @@ def test_what_only_a_way_of_running_shows_is_found_and_located(name, subject, re
         assert report.first_divergence == {"layer": form.layer, "tap": form.tap, "form": form.form}
     else:
         assert report.first_divergence == {"layer": None, "tap": "form", "form": form.form}
+    assert [one["name"] for one in report.findings] == [mistake.named or name]
+    assert report.diagnosis is report.findings[0]
+    assert not report.errors
+    said = report.table()
+    assert f"[{mistake.named or name}]" in said
+    assert f"as it is run ({form.form})" in said
+
+
+def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, reference):
+    with RUNNING["rows-see-the-first"].injected():
+        report = run(subject, reference, ["jit", "eager"])
+    assert [(one["name"], one["forms"]) for one in report.findings] == [("rows-see-the-first", ["jit", "eager"])]
+    assert report.findings[0]["residual_before"] > 1
+    assert report.findings[0]["residual_after"] < 2e-6
+
+
+def test_what_nobody_knows_is_located_and_not_named(subject, reference, monkeypatch):
+    """Every form is wrong by the same factor: of rows, and of a head alone."""
+    right = attention.sink_attention
+    monkeypatch.setattr(attention, "sink_attention", lambda q, *rest: right(q, *rest).at[1:, :, 3].multiply(1.03))
+    jax.clear_caches()
+    report = run(subject, reference, ["jit", "eager"])
+    jax.clear_caches()
+    assert (report.diagnosis, [one["name"] for one in report.findings]) == (None, [None])
+    assert report.findings[0]["pattern"].startswith(
+        "row 1 alone, which is padded; all tokens; head 3 of 14; wrong in jit, eager"
+    )
+    assert (report.explained, report.tried > 10) == ("jit, layer 0 attn_core", True)
+    assert "known mistakes of this place explains it; row 1 alone, which is padded" in report.table()
+
+
+def test_a_form_that_is_right_the_second_time_is_not_reproducible(subject, reference, monkeypatch):
+    runs, right = [], forms.jitted
+
+    def jitted(*given, **named):
+        runs.append(1)
+        return [row * (1.01 if len(runs) == 1 else 1) for row in right(*given, **named)]
+
+    monkeypatch.setattr(forms, "jitted", jitted)
+    report = run(subject, reference, ["jit"])
+    assert (report.verdict, len(runs), report.findings) == ("incomplete", 2, [])
+    assert "not reproducible: wrong the first time" in report.forms[0].note
+
+
+def test_a_form_that_is_wrong_in_bfloat16_alone_is_said_to_be(subject, reference, monkeypatch):
+    right = attention.sink_attention
+    monkeypatch.setattr(
+        attention,
+        "sink_attention",
+        lambda q, *rest: right(q, *rest) * jnp.asarray(1.2 if q.dtype == jnp.bfloat16 else 1, q.dtype),
+    )
+    jax.clear_caches()
+    report = run(subject, reference, ["jit"], ("float32", "bfloat16"))
+    jax.clear_caches()
+    assert [form.verdict for form in report.forms] == ["ok", "fail"]
+    assert [(one["name"], one["pattern"]) for one in report.findings] == [(None, "in bfloat16 alone, right in float32")]
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name, one in EQUIVALENT_RUNS.items() for form in one.forms])
+def test_what_is_called_equivalent_passes(name, form, subject, reference):
+    mistake = EQUIVALENT_RUNS[name]
+    with mistake.injected():
+        report = run(subject, reference, [form])
+    assert mistake.equivalent
+    assert (report.verdict, report.findings) == ("pass", [])
+    assert 0 < report.forms[0].worst < 1e-5
 
 
 def test_each_mistake_is_of_a_form_that_there_is(cfg):
     there = forms.table(cfg)
     assert {form for mistake in RUNNING.values() for form in mistake.forms} <= there.keys()
     for name, mistake in RUNNING.items():
-        located = there[mistake.forms[0]].gives == "logits"
-        assert located == (mistake.place is not None), name
+        gives = there[mistake.forms[0]].gives
+        assert (mistake.place is not None) == (gives == "logits") or gives == "tokens", name
+
+
+def test_what_can_be_named_is_injected_and_what_is_injected_can_be_named():
+    made = {mistake.named or name for name, mistake in RUNNING.items()}
+    rows = {row.name for row in AS_RUN}
+    assert rows <= made
+    assert made - rows <= CATALOGUE.keys()
 
 
 def test_in_bfloat16_the_error_is_put_over_the_reference_s(subject, reference, monkeypatch):

@@ -6,6 +6,7 @@ that is judged, to test the harness. docs/faults.md is the page a person reads.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -413,8 +414,21 @@ def sentence(fault: Fault, window: int, settings: Settings) -> str:
     return fault.says.format(window=window, longer=window + 1, shorter=window - 1, half=window // 2, **numbers)
 
 
+_AS_RUN = (
+    "Of how the model is put together, loaded, compiled, cached and trained. A form that is wrong is run again and watched, and",
+    "what it computed before it went wrong is right: from that each of these makes what would come next with a wrong walk, a wrong",
+    "cache, or rows that are mixed up ([`parity/mistakes/wrong_runs.py`](../parity/mistakes/wrong_runs.py)), and so does each mistake",
+    "of the code above that shows at that tap. The one that gives what the form gave is named. The last ones may be wrong in any way:",
+    "they are told by the forms in which the same value is right, which are run for it. If no name is left, or several are, the",
+    "report says which rows, tokens, heads and forms are wrong, and no name.",
+)
+
+
 def page() -> str:
     """docs/faults.md."""
+    from parity.mistakes.as_run import AS_RUN
+    from parity.mistakes.running import EQUIVALENT_RUNS
+
     lines = [
         "# Known mistakes",
         "",
@@ -441,10 +455,18 @@ def page() -> str:
             says = one.says.format(**words, **_FILLED)
             cells = (f"`{one.name}`", f"`{one.tap}`{where.get(one.where, '')}", says, one.seen, one.fix)
             lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    lines += ["", "## As it is run", "", *_AS_RUN, "", "| name | shows at | what is wrong | usual cause | fix |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in AS_RUN:
+        at = "any tap" if len(row.at) > 8 else ", ".join(f"`{tap}`" for tap in row.at) or "loading"
+        says = re.sub(r"\{(\w+)\}", r"*\1*", row.says)
+        lines.append(f"| `{row.name}` | {at} | {says} | {row.seen} | {row.fix} |")
     lines += ["", "## Numerically equivalent", "", "These make no difference that the gate can see; the proofs are in"]
-    lines += ["[`tests/test_parity_faults.py`](../tests/test_parity_faults.py).", ""]
+    lines += ["[`tests/test_parity_faults.py`](../tests/test_parity_faults.py), and of those as it is run in"]
+    lines += ["[`tests/test_parity_forms.py`](../tests/test_parity_forms.py).", ""]
     lines += ["| name | what is done | why it makes no difference |", "|---|---|---|"]
     lines += [f"| `{one.name}` | {one.says.format(**_FILLED)} | {one.equivalent} |" for one in EQUIVALENT]
+    lines += [f"| `{name}` | {run.says}; as it is run | {run.equivalent} |" for name, run in EQUIVALENT_RUNS.items()]
     return "\n".join(lines) + "\n"
 
 

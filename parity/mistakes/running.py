@@ -39,7 +39,9 @@ class Mistake(NamedTuple):
       says: what is done wrong.
       patches: (owner, attribute, what becomes of it).
       forms: forms that must find it; the first is of the default ones, where one of them can.
+      named: what it must be called (`parity.mistakes.as_run`, or the catalogue).
       place: (layer, tap) where the first form must be said to part from the reference; None where it gives no logits.
+      equivalent: why it changes nothing; empty if it does. Those must pass.
     """
 
     where: str
@@ -47,6 +49,8 @@ class Mistake(NamedTuple):
     patches: tuple[tuple[Any, str, Make], ...]
     forms: tuple[str, ...]
     place: tuple[int | None, str] | None = None
+    named: str = ""
+    equivalent: str = ""
 
     @contextlib.contextmanager
     def injected(self) -> Iterator[None]:
@@ -182,9 +186,69 @@ def _other_than_compiled(right):
     return stored
 
 
+def _left_out(right):
+    return lambda self: {name: jnp.zeros_like(value) for name, value in right(self).items()}
+
+
+def _of_the_longest(positions: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(positions.max(axis=0, keepdims=True), positions.shape)
+
+
+def _attending_otherwise(right):
+    def walk(self, *given):
+        attend = attention.sink_attention
+        with mock.patch.object(attention, "sink_attention", lambda q, *rest: attend(q, *rest) * jnp.asarray(1.01, q.dtype)):
+            return right(self, *given)
+
+    return walk
+
+
 def _slot_off(right, self, keys, values, positions):
     after = right(self, keys, values, positions)
     return after._replace(values=jnp.roll(after.values, 1, axis=1)) if positions.shape[1] > 1 else after
+
+
+def _rotated_more(right):
+    """By the turn from the place before the last to the last."""
+
+    def tap(name, compute, *inputs):
+        if name != "q_rope":
+            return right(name, compute, *inputs)
+        x, (cos, sin) = inputs
+        (c0, c1), (s0, s1), size = cos[1, -2:], sin[1, -2:], cos[1, 0] ** 2 + sin[1, 0] ** 2
+        turned, lifted = ((c1 * c0 + s1 * s0) / size)[None], ((s1 * c0 - c1 * s0) / size)[None]
+        rope = cos.at[1].set(cos[1] * turned - sin[1] * lifted), sin.at[1].set(sin[1] * turned + cos[1] * lifted)
+        return right(name, compute, x, rope)
+
+    return tap
+
+
+def _one_short(right, self, *new):
+    """In a ring; a cache of everything has more slots than the small model's window."""
+    if self.positions.shape[1] != WINDOW:
+        return right(self, *new)
+    after = right(cache.LayerCache(*(a[:, :-1] for a in self)), *new)
+    return cache.LayerCache(*(jnp.concatenate([a, old[:, -1:]], axis=1) for a, old in zip(after, self, strict=True)))
+
+
+WINDOW = 11  # of the small model
+
+
+def _rotated_slots(right, self, *new):
+    after = right(cache.LayerCache(*(jnp.roll(a, -3, axis=1) for a in self)), *new)
+    return cache.LayerCache(*(jnp.roll(a, 3, axis=1) for a in after))
+
+
+def _from_one(right):
+    def place(self, shape, positions, cache, segment_ids):
+        at = right(self, shape, positions, cache, segment_ids)
+        return at._replace(positions=jnp.where(at.positions >= 0, at.positions + 1, at.positions))
+
+    return place
+
+
+def _looked_at_first(right):
+    return lambda self, *new: (self.followed_by(*new), self.store(*new))
 
 
 def _path(name: str) -> tuple[tuple[Any, str, Make], ...]:
@@ -216,9 +280,15 @@ RUNNING: dict[str, Mistake] = {
         ((modeling, "rematerialized", _skipping),),
         (*ANY, "generate"),
         (LAST, "attn_norm"),
+        named="layer-not-run",
     ),
     "layers-run-in-another-order": Mistake(
-        "model", "two layers run in each other's place", ((Transformer, "stream", _exchanged),), ANY, (0, "attn_norm")
+        "model",
+        "two layers run in each other's place",
+        ((Transformer, "stream", _exchanged),),
+        ANY,
+        (0, "attn_norm"),
+        named="layers-in-another-order",
     ),
     "embedding-scaled-in-embed": Mistake(
         "model",
@@ -226,16 +296,37 @@ RUNNING: dict[str, Mistake] = {
         ((Transformer, "embed", lambda right: lambda self, tokens: right(self, tokens) * 2),),
         ANY,
         (0, "mlp_norm"),
+        named="stream-scaled",
     ),
     "logits-of-the-token-before": Mistake(
-        "model", "the logits are those of the token before", ((Transformer, "__call__", _before),), ANY, (None, "returned")
+        "model",
+        "the logits are those of the token before",
+        ((Transformer, "__call__", _before),),
+        ANY,
+        (None, "returned"),
+        named="logits-of-a-neighbour",
     ),
-    "sinks-lost-in-loading": Mistake("loading", "sinks are zero once loaded", _loaded(_without_sinks), ANY, (0, "attn_core")),
+    "sinks-lost-in-loading": Mistake(
+        "loading", "sinks are zero once loaded", _loaded(_without_sinks), ANY, (0, "attn_core"), named="lost-in-loading"
+    ),
     "windows-lost-in-loading": Mistake(
-        "loading", "no layer has its window once loaded", _loaded(_without_window), ANY, (0, "attn_core")
+        "loading",
+        "no layer has its window once loaded",
+        _loaded(_without_window),
+        ANY,
+        (0, "attn_core"),
+        named="window-missing",
     ),
     "rows-see-the-first": Mistake(
         "rows", "other rows see the first one's keys", _attention(_first_rows_keys), ANY, (0, "attn_core")
+    ),
+    "rows-rotated-one-more": Mistake(
+        "rows",
+        "queries of the second row are rotated one place more than its keys",
+        ((modeling, "tap", _rotated_more),),
+        ANY[:2],
+        (0, "q_rope"),
+        named="rows-rotated-apart",
     ),
     "padding-seen": Mistake("rows", "queries see padding", ((attention, "visibility", _seen_padding),), ANY, (0, "attn_core")),
     "padding-is-nan": Mistake(
@@ -251,17 +342,43 @@ RUNNING: dict[str, Mistake] = {
         _attention(_compiled_only),
         ("jit", "packed", "cache"),
         (0, "attn_core"),
+        named="wrong-when-compiled",
     ),
-    "scan-wrong": Mistake("path", "the path scan is wrong", _path("scan"), ("path scan",), (0, "mlp_out")),
-    "grouped-wrong": Mistake("path", "the path grouped is wrong", _path("grouped"), ("jit", "path grouped"), (0, "mlp_out")),
-    "pairs-wrong": Mistake("path", "the path pairs is wrong", _path("pairs"), ("path pairs",), (0, "mlp_out")),
-    "ragged-wrong": Mistake("path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out")),
+    "scan-wrong": Mistake(
+        "path", "the path scan is wrong", _path("scan"), ("path scan",), (0, "mlp_out"), named="wrong-on-a-path"
+    ),
+    "grouped-wrong": Mistake(
+        "path", "the path grouped is wrong", _path("grouped"), ("jit", "path grouped"), (0, "mlp_out"), named="wrong-on-a-path"
+    ),
+    "pairs-wrong": Mistake(
+        "path", "the path pairs is wrong", _path("pairs"), ("path pairs",), (0, "mlp_out"), named="wrong-on-a-path"
+    ),
+    "ragged-wrong": Mistake(
+        "path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out"), named="wrong-on-a-path"
+    ),
+    "packed-wrong": Mistake(
+        "path",
+        "wrong only where experts are decoded as they are used",
+        ((expert_paths, "dequantize", lambda right: lambda *given: right(*given) * jnp.asarray(1.01, given[-1])),),
+        ("packed",),
+        (0, "mlp_out"),
+        named="wrong-when-packed",
+    ),
     "scanned-wrong": Mistake(
+        "model",
+        "wrong only where layers are one loop: attention",
+        ((scanned.ScannedTransformer, "walk", _attending_otherwise),),
+        ("scanned",),
+        (0, "attn_core"),
+        named="wrong-when-scanned",
+    ),
+    "scanned-stream-doubled": Mistake(
         "model",
         "wrong only where layers are one loop: the stream is twice what it should be",
         ((scanned.ScannedTransformer, "walk", lambda right: lambda self, x, *rest: right(self, x * 2, *rest)),),
         ("scanned",),
         (0, "mlp_norm"),
+        named="stream-scaled",
     ),
     "blocks-wrong": Mistake(
         "path",
@@ -269,6 +386,7 @@ RUNNING: dict[str, Mistake] = {
         ((attention, "in_blocks", lambda right: lambda q, *rest: right(q, *rest) * jnp.asarray(1.01, q.dtype)),),
         ("attention in blocks", "cache, in blocks"),
         (0, "attn_core"),
+        named="wrong-in-blocks",
     ),
     "mesh-wrong": Mistake(
         "mesh",
@@ -276,6 +394,7 @@ RUNNING: dict[str, Mistake] = {
         ((experts, "add_up_on_mesh", lambda right: lambda x, *rest: right(x, *rest) * jnp.asarray(1.01, x.dtype)),),
         ("mesh fsdp × tensor", "mesh fsdp", "mesh tensor", "mesh expert"),
         (0, "mlp_out"),
+        named="wrong-on-a-mesh",
     ),
     "padding-stored": Mistake(
         "cache",
@@ -292,6 +411,9 @@ RUNNING: dict[str, Mistake] = {
         CACHED[:2],
         (0, "attn_core"),
     ),
+    "ring-one-slot-short": Mistake(
+        "cache", "a ring has a slot less than the window", _store(_one_short), CACHED[:2], (0, "attn_core")
+    ),
     "prefill-not-stored": Mistake(
         "cache",
         "a prefill stores nothing",
@@ -307,13 +429,25 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
     ),
     "keys-lost-past-32": Mistake(
-        "cache", "keys more than 32 places back are lost", ((attention, "visibility", _forgetting),), ("generate",)
+        "cache",
+        "keys more than 32 places back are lost",
+        ((attention, "visibility", _forgetting),),
+        ("generate",),
+        (1, "attn_core"),
+        named="keys-lost",
     ),
     "next-position-one-too-many": Mistake(
         "cache",
         "the next token is placed one too far",
         ((modeling, "next_positions", lambda right: lambda cache, length: right(cache, length) + 1),),
         ("cache", "generate"),
+        (0, "q_rope"),
+    ),
+    "padding-counted": Mistake(
+        "cache",
+        "every row's next token is placed where the longest row's is",
+        ((modeling, "next_positions", lambda right: lambda *given: _of_the_longest(right(*given))),),
+        ("cache",),
         (0, "q_rope"),
     ),
     "generate-takes-the-worst": Mistake(
@@ -333,23 +467,61 @@ RUNNING: dict[str, Mistake] = {
         "updates are not scaled by alpha / rank",
         ((layers.LowRank, "stored", lambda right: lambda self: {"lora_a": self.a[...], "lora_b": self.b[...]}),),
         ("lora",),
+        named="lora-scale",
     ),
-    "lora-merge-forgets-experts": Mistake(
+    "lora-not-applied": Mistake(
+        "LoRA", "updates are left out", ((layers.LowRank, "stored", _left_out),), ("lora", "lora merged")
+    ),
+    "lora-merged-twice": Mistake(
         "LoRA",
-        "what is merged is not what is computed beside the weight",
+        "what is merged is several times what is computed beside the weight",
         ((layers.LowRank, "stored", _other_than_compiled),),
         ("lora merged",),
+        named="lora-merged-otherwise",
     ),
     "remat-applies-a-block-twice": Mistake(
         "remat",
         "a block is applied twice where it is computed again",
         ((modeling, "rematerialized", _twice),),
         ("remat block",),
+        named="block-applied-twice",
     ),
     "remat-applies-experts-twice": Mistake(
         "remat",
         "experts are applied twice where they are computed again",
         ((modeling, "rematerialized", _twice),),
         ("remat mlp",),
+        named="experts-applied-twice",
+    ),
+}
+
+EQUIVALENT_RUNS: dict[str, Mistake] = {
+    "positions-from-1": Mistake(
+        "model",
+        "positions count from 1",
+        ((Transformer, "place", _from_one),),
+        ("jit", "eager", "mesh fsdp × tensor"),
+        equivalent="a rotation tells how far two tokens are apart, and that is the same; the tap q_rope is another, and named",
+    ),
+    "slots-rotated": Mistake(
+        "cache",
+        "slots of the cache lie three places on",
+        _store(_rotated_slots),
+        CACHED,
+        equivalent="keys are found by their position, wherever they lie",
+    ),
+    "ring-one-slot-short-looked-at-first": Mistake(
+        "cache",
+        "a ring has a slot less than the window, and is looked at before the new token is stored",
+        (*_store(_one_short), (cache.LayerCache, "seen_and_stored", _looked_at_first)),
+        CACHED,
+        equivalent="a query sees window - 1 keys before itself, and that many are there",
+    ),
+    "constraint-dropped": Mistake(
+        "mesh",
+        "activations are not told how to lie on the mesh",
+        ((layers, "constrain", lambda right: lambda letters, x: x),),
+        ("mesh fsdp × tensor", "mesh fsdp"),
+        equivalent="where values lie does not change what they are",
     ),
 }

@@ -26,12 +26,12 @@ from parity.mistakes.catalogue import CATALOGUE, Fault, applies
 from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
 from parity.mistakes.faulty import Faulty
 from parity.mistakes.injection import INJECTIONS
-from parity.mistakes.running import RUNNING, Mistake
+from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING, Mistake
 from parity.prompts import random_prompt
 from parity.protocols import Answers, Oracle, Port, Question
 from parity.recording import Recording
 from parity.reference import Reference, ReferenceLayer
-from parity.reports.report import Report
+from parity.reports.report import FormResult, Report
 
 # Today's check: this many tokens, and this cosine of the last one's logits.
 COSINE_TOKENS, COSINE = 8, 0.99
@@ -54,6 +54,7 @@ class Outcome(NamedTuple):
     found: bool
     located: bool
     named: bool
+    false: list[str]  # names that were said and are not what was made
     said: str  # what was named, and where, if it was not right
     cosine_passes: bool  # whether the last token's cosine lets it pass
 
@@ -64,8 +65,11 @@ class RunOutcome(NamedTuple):
     mistake: str
     where: str
     form: str
+    seed: int
     found: bool
     located: bool | None
+    named: bool
+    false: list[str]
     said: str
 
 
@@ -80,8 +84,9 @@ class SelfTest:
 
     @property
     def exit_code(self) -> int:
-        right = all(outcome.found and outcome.located and outcome.named for outcome in self.outcomes)
-        right = right and all(one.found and one.located is not False for one in self.running)
+        right = all(
+            one.found and one.located is not False and one.named and not one.false for one in (*self.outcomes, *self.running)
+        )
         return 0 if right and self.outcomes and not self.alarms else 4
 
     def to_json(self) -> str:
@@ -94,29 +99,27 @@ class SelfTest:
 
     def _rows(self) -> Iterator[str]:
         count = len(self.outcomes)
-        known = {outcome.fault for outcome in self.outcomes}
-        yield f"self-test   {len(known)} mistakes, {count} runs"
-        for name in ("found", "located", "named"):
-            good = sum(getattr(outcome, name) for outcome in self.outcomes)
-            yield f"{name:<11} {good}/{count}   {good / max(count, 1):.1%}"
-        of_parameters = [CATALOGUE[outcome.fault].tap == "weights" for outcome in self.outcomes]
-        for kind, parameters in (("the code", False), ("parameters", True)):
-            some = [one for one, those in zip(self.outcomes, of_parameters, strict=True) if those == parameters]
-            if 0 < len(some) < count:
-                yield f"  named of {kind:<11} {sum(one.named for one in some)}/{len(some)}"
-        for outcome in self.outcomes:
-            if not (outcome.found and outcome.located and outcome.named):
-                where = "model" if outcome.layer is None else f"layer {outcome.layer}"
-                kind = "MISSED" if not outcome.found else "MISLOCATED" if not outcome.located else "not named"
-                yield f"  {kind:<11}{outcome.fault}, {where}, seed {outcome.seed}: {outcome.said}"
-        if self.running:
-            placed = [one for one in self.running if one.located is not None]
-            where = ", ".join(dict.fromkeys(one.where for one in self.running))
-            yield f"as it is run {len(self.running)} mistakes ({where}): found {sum(one.found for one in self.running)}, " \
-                f"located {sum(bool(one.located) for one in placed)}/{len(placed)}"  # fmt: skip
-            for one in self.running:
-                if not one.found or one.located is False:
-                    yield f"  {'MISSED' if not one.found else 'MISLOCATED':<11}{one.mistake}, {one.form}: {one.said}"
+        known = {outcome.fault for outcome in self.outcomes} | {one.mistake for one in self.running}
+        yield f"self-test   {len(known)} mistakes, {count + len(self.running)} runs"
+        yield f"{'where':<12} {'mistakes':>8} {'runs':>6} {'found':>6} {'located':>9} {'named':>6} {'false words':>12}"
+        sites: dict[str, list[Any]] = {}
+        for one in (*self.outcomes, *self.running):
+            sites.setdefault(_where(one), []).append(one)
+        for where, some in sites.items():
+            placed = [one.located for one in some if one.located is not None]
+            located = f"{sum(placed)}/{len(placed)}"
+            found, named, false = (
+                sum(counts) for counts in zip(*((one.found, one.named, len(one.false)) for one in some), strict=True)
+            )
+            each = len({getattr(one, "fault", None) or one.mistake for one in some})
+            yield f"{where:<12} {each:>8} {len(some):>6} {found:>6} {located:>9} {named:>6} {false:>12}"
+        for one in (*self.outcomes, *self.running):
+            if not (one.found and one.located is not False and one.named and not one.false):
+                kind = "MISSED" if not one.found else "MISLOCATED" if one.located is False else "not named"
+                kind = "FALSE" if one.false else kind
+                what = one.mistake if isinstance(one, RunOutcome) else one.fault
+                at = one.form if isinstance(one, RunOutcome) else "model" if one.layer is None else f"layer {one.layer}"
+                yield f"  {kind:<11}{what}, {at}, seed {one.seed}: {one.said}"
         yield f"equivalent  {self.equivalent} runs, healthy {self.healthy} runs, {len(self.alarms)} alarms"
         yield from (f"  ALARM      {alarm}" for alarm in self.alarms)
         passed = sum(outcome.cosine_passes for outcome in self.outcomes)
@@ -149,13 +152,13 @@ def self_test(
       depths: at how many layers: 1, the first; 2, the last too; 3, and one between.
       golden: compare with a recording of the reference, which has hashes in place of parameters.
       only: which mistakes.
-      running: names of `parity.mistakes.running.RUNNING`: each is put into one of the ways to run the first checkpoint. Meshes
-        take simulated devices in this process, where the mistake is.
+      running: names of `parity.mistakes.running.RUNNING` and EQUIVALENT_RUNS: each is put into one of the ways to run the
+        checkpoint. Meshes take simulated devices in this process, where the mistake is.
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
-    start, result, cfg, running = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny(), list(running)
-    done = total = 0
+    start, result, cfg = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny()
+    done, names = 0, list(running)
     for seed in range(seeds):
         work = scratch / f"seed-{seed}"
         source, checkpoint, packed = work / "source", work / "checkpoint", work / "packed"
@@ -169,7 +172,7 @@ def self_test(
             oracle = Recording(work / "recording")
         fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, reference.settings)]
         places = [(fault, n) for fault in fitting for n in _layers(fault, cfg, depths)]
-        total = seeds * (len(places) + len(HEALTHY)) + len(running)
+        total = seeds * (len(places) + len(HEALTHY) + len(names))
         usual = _last_logits(reference, seed)
         for options in HEALTHY:
             progress(done, total, "healthy")
@@ -194,24 +197,50 @@ def self_test(
             else:
                 result.outcomes.append(_judged(fault, n, seed, report, changed, _cosine(usual, _last_logits(port, seed))))
             done += 1
-    asked = _Asked(scratch / "seed-0" / "source")
-    for name in running:
-        progress(done, total, name)
-        result.running.append(_run(name, RUNNING[name], scratch / "seed-0", asked))
-        done += 1
+        asked = _Asked(source)
+        for name in names:
+            progress(done, total, name)
+            if name in RUNNING:
+                result.running.append(_run(name, RUNNING[name], work, asked, seed))
+            else:
+                result.equivalent += 1
+                _, report = _ran(EQUIVALENT_RUNS[name], work, asked, seed)
+                if report.verdict != "pass":
+                    result.alarms.append(f"{name}, seed {seed}: {_said(report)}")
+            done += 1
     result.seconds = time.monotonic() - start
     return result
 
 
-def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle) -> RunOutcome:
+def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> RunOutcome:
+    first, report = _ran(mistake, work, oracle, seed)
+    located = None if mistake.place is None else (first.layer, first.tap) == mistake.place
+    named = report.diagnosis is not None and report.diagnosis["name"] == (mistake.named or name)
+    false = _false(report, mistake.named or name)
+    said = f"{first.note}; {_said(report)}"
+    return RunOutcome(name, mistake.where, first.form, seed, first.verdict == "fail", located, named, false, said)
+
+
+def _ran(mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> tuple[FormResult, Report]:
     """One mistake of how the model is run, in the first form that must find it."""
     port, report = Candidate(work / "checkpoint", source=work / "source"), Report("", "", "", 0, 0)
-    form = mistake.forms[0]
     with mistake.injected():
-        compare_forms(port, oracle, report, [form], fits=True, seed=0, progress=lambda *_: None)
-    (first, *_) = report.forms
-    located = None if mistake.place is None else (first.layer, first.tap) == mistake.place
-    return RunOutcome(name, mistake.where, form, first.verdict == "fail", located, first.note)
+        forms, quiet = list(mistake.forms[:1]), lambda *_: None
+        compare_forms(port, oracle, report, forms, fits=True, seed=seed, progress=quiet, dtypes=("float32",))
+    return report.forms[0], report
+
+
+def _false(report: Report, right: str) -> list[str]:
+    """What was named and is not what was made; that weights differ is true of any that do."""
+    return sorted({one["name"] for one in report.findings} - {None, right, "weights-differ"})
+
+
+def _where(one: Outcome | RunOutcome) -> str:
+    """Where a mistake sits."""
+    if isinstance(one, RunOutcome):
+        return one.where
+    fault = CATALOGUE[one.fault]
+    return "checkpoint" if fault.tap == "weights" else "outside" if fault.where == "model" else "block"
 
 
 class _Kept(Reference):
@@ -271,7 +300,7 @@ def _judged(fault: Fault, n: int | None, seed: int, report: Report, changed: lis
         located = where == {"layer": n, "tap": fault.tap}
     named = report.diagnosis is not None and report.diagnosis["name"] == fault.name
     said = "" if found and located and named else _said(report)
-    return Outcome(fault.name, n, seed, found, located, named, said, cosine >= COSINE)
+    return Outcome(fault.name, n, seed, found, located, named, _false(report, fault.name), said, cosine >= COSINE)
 
 
 def _said(report: Report) -> str:
