@@ -21,7 +21,8 @@ from oss_model.taps import LAYER_TAPS
 from parity.cli import main
 from parity.reports import html as page
 from parity.reports import junit
-from parity.reports.report import Report, TapResult, Weight
+from parity.reports.report import STORED, FormResult, Report, TapResult, Weight
+from parity.reports.sections import sections
 
 
 def fails_nothing(report: Report) -> None:
@@ -124,9 +125,9 @@ def test_wrong_gradients_alone_are_seen_everywhere(healthy):
         case.get("name") for case in ET.fromstring(junit.render(healthy)).iter("testcase") if case.find("failure") is not None
     ]
     assert failed == ["gradients"]
-    assert "Gradients: beyond their bound: 1 of 2 gradients: layers.3.attn.sinks." in Page(page.render(healthy)).text
+    assert "gradients beyond their bound: 1 of 2 gradients: layers.3.attn.sinks ✕ FAIL" in Page(page.render(healthy)).text
     healthy.gradients = [right]
-    assert "Gradients of all 1 parameters are within their bound." in Page(page.render(healthy)).text
+    assert "gradients gradients of all 1 parameters are within their bound ✓ ok" in Page(page.render(healthy)).text
 
 
 # --- JUnit ------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ class Page(html.parser.HTMLParser):
 
 def test_the_verdict_comes_first(healthy):
     found = Page(page.render(healthy))
-    assert "✓ Pass Every parameter is bit-exact" in found.text
+    assert "✓ Pass All 25 parameters are bit-exact; every component computes what PyTorch computes, and so" in found.text
     assert found.text.startswith("Pass · gpt-oss, 24 layers · check-parity")
     assert "What failed" not in found.text
 
@@ -273,7 +274,7 @@ def test_a_failing_page_says_where_what_and_why(broken):
     assert "Diagnosis: the sliding window is 129, should be 128: residual 0.31 → 4.0e-6" in text
     assert "one reason another reason" in text
     assert "layers.6.attn.sinks 1 of 64 values differ" in text
-    assert "Expert flips: not explained: 1 of 2 expert flips, routing replayed." in text
+    assert "expert flips not explained: 1 of 2 expert flips, routing replayed ✕ FAIL" in text
     assert "Expert flips 40 1 unexplained where judged" in text
     rows = re.findall(r"(replayed|own) 17 (\d+) 2, 6 0, 3 1e-7 (✓ [\w -]+?|✕ no|no) (?=replayed|own|22 more|<|Thi)", text)
     assert rows[:4] == [
@@ -289,18 +290,83 @@ def test_a_failing_page_says_where_what_and_why(broken):
     assert "not finite" in text
 
 
-@pytest.mark.parametrize(
-    ("ratio", "says"), [(1.4, ""), (2.0, "Precision: layer 3 q is 2"), (3.5, "Precision: more than 3 times")]
-)
+@pytest.mark.parametrize(("ratio", "says"), [(1.4, "✓ ok"), (2.0, "? warn"), (3.5, "✕ FAIL")])
 def test_a_port_less_precise_than_the_reference_is_named(healthy, ratio, says):
     tap = next(tap for tap in healthy.taps if (tap.layer, tap.tap) == (3, "q"))
     tap.port_over_reference = ratio
     text = Page(page.render(healthy)).text
-    assert says in text
-    assert ("as far from float32" in text) == bool(says)
+    what = (
+        "more than 3 times as far from float32 as the reference: 1 taps"
+        if ratio > 3
+        else (f"layer 3 q is {ratio:g} times as far from float32 as the reference in the same dtype")
+    )
+    assert f"precision {what} {says}" in text
     assert ("✕ Diverged" in text) == (ratio > 3)
     failed = [name for name, case in cases(healthy).items() if case.find("failure") is not None]
     assert failed == (["check-parity.precision"] if ratio > 3 else [])
+
+
+def test_the_page_has_every_arm_and_every_form(broken):
+    broken.forms = [
+        FormResult("jit", "model", "float32", "ok", 3e-6, "not told of one that is right"),
+        FormResult("cache", "model", "float32", "fail", 0.9, "parts at layer 0 attn_core"),
+        FormResult("generate", "replica", "bfloat16", "incomplete", None, "takes the package peft"),
+    ]
+    text = Page(page.render(broken)).text
+    words = {"ok": "✓ ok", "fail": "✕ FAIL", "incomplete": "? incomplete", "warn": "? warn"}
+    arms = [arm for arm in sections(broken) if arm.name != "diagnosis"]
+    assert len(arms) >= 6
+    for arm in arms:
+        assert re.search(f"{arm.name} {re.escape(arm.headline)}.*? {re.escape(words[arm.verdict])}", text), arm.name
+    assert "cache float32 model 0.9 parts at layer 0 attn_core ✕ FAIL" in text
+    assert "generate bfloat16 replica – takes the package peft ? incomplete jit float32 model 3.0e-6 ✓ ok" in text
+
+
+def test_other_faults_and_the_third_witness_stand_behind_the_diagnosis(broken):
+    other = {"layer": 3, "tap": "mlp_out", "fault": "swiglu's alpha is 1", "name": "swiglu-alpha-one", "pattern": ""}
+    broken.findings = [broken.diagnosis, other | {"follows": None}]
+    broken.witness = {"layer": 16, "tap": "attn_core", "noise": 1e-7, "reference": 2e-7, "port": 0.5, "left": "port"}
+    items = "Also wrong: layer 3 mlp_out: swiglu's alpha is 1 [swiglu-alpha-one] Third witness, from the equation"
+    assert f"itself included {items}" in Page(page.render(broken)).text
+
+
+def test_what_was_trained_is_not_called_bit_exact(healthy):
+    healthy.weights[3] = Weight("layers.2.attn.sinks", moved=0.5)
+    text = Page(page.render(healthy)).text
+    assert "✓ Pass All 24 other parameters are bit-exact; 1 changed, as expected; every" in text
+    assert "Parameters bit-exact 24 of 25 decoded by transformers" in text
+
+
+def test_a_report_of_stored_bytes_claims_no_pytorch(healthy):
+    text = Page(page.render(Report("a", "b", "gpt-oss", 0, 0, oracle=STORED, weights=[Weight("norm.scale")]))).text
+    assert "0 tokens · stored bytes alone" in text
+    assert "Parameters bit-exact 1 of 1 as stored" in text
+    assert "PyTorch in float32" not in text
+    assert "against PyTorch in float32" in Page(page.render(healthy)).text
+
+
+def test_colours_are_of_the_error_over_each_components_own_gate(healthy):
+    """The gates are ten times each one's own noise: 1e-6 is quiet beside one, and fails another."""
+    healthy.taps[1] = dataclasses.replace(healthy.taps[1], worst_token_rel_l2=1e-6, gate=1e-5)
+    healthy.taps[2] = dataclasses.replace(healthy.taps[2], worst_token_rel_l2=1e-6, gate=1e-7, verdict="fail")
+    text = page.render(healthy)
+    assert re.findall(r'class="cell (\w+)[ \w]*" style="--at:(\d+)"[^>]*aria-label="layer 0 · (?:attn_norm|q) ', text) == [
+        ("ok", "80"), ("fail", "25"),
+    ]  # fmt: skip
+    assert "1e-5× 1e-3× its gate 100× 1e4×" in Page(text).text
+
+
+def test_what_a_screen_reader_meets_has_a_name(broken):
+    broken.forms = [FormResult("jit", "model", "float32", "ok", 3e-6)]
+    found = Page(page.render(broken))
+    named = ("table", "figure", "section")
+    assert {tag for tag, _ in found.elements} >= set(named)
+    assert [(tag, attrs) for tag, attrs in found.elements if tag in named and not attrs.get("aria-label")] == []
+    operated = [(tag, attrs) for tag, attrs in found.elements if "tabindex" in attrs]
+    assert operated
+    assert [one for one in operated if not one[1].get("aria-label")] == []
+    (tip,) = (attrs for _, attrs in found.elements if attrs.get("id") == "tip")
+    assert tip["aria-hidden"] == "true"  # it shows the label, which is read already
 
 
 def test_every_tap_of_every_layer_is_a_cell(broken):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from parity import metrics
-from parity.reports.report import Report, TapResult
-from parity.reports.sections import sections
+from parity.reports.report import STORED, Report, TapResult
+from parity.reports.sections import Section, sections
 
 _BELOW, _ABOVE = 5, 4  # decades of the colour scale on the two sides of the gate
 _RUNS = {"bfloat16": "port in bfloat16", "reference_bfloat16": "reference in bfloat16: what noise is"}
@@ -25,18 +25,21 @@ def render(report: Report) -> str:
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": number, "tip": tip}
     template = importlib.resources.files("parity.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    differing = [weight for weight in report.weights if weight.note]
+    arms, differing = sections(report), [weight for weight in report.weights if weight.note]
     page = env.from_string(template).render(
         report=report,
         first=_first(report),
-        also=_also(report),
+        arms=[arm for arm in arms if arm.name != "diagnosis"],
+        besides=_besides(arms),
         differing=differing,
+        stored=report.oracle == STORED,
+        exact=sum(not weight.note and weight.moved is None for weight in report.weights),
         ok_taps=sum(tap.verdict == "ok" for tap in report.taps),
         wrong_taps=[tap for tap in report.taps if tap.verdict != "ok"],
         model_taps=[_cell(report, tap) for tap in report.taps if tap.layer is None],
         heat=_heat(report),
-        scale=[{"at": 100 * i / (_BELOW + _ABOVE), "value": metrics.SEMANTICS_GATE * 10.0 ** (i - _BELOW)} for i in range(10)],
-        gate=metrics.SEMANTICS_GATE,
+        scale=[{"at": 100 * i / (_BELOW + _ABOVE), "value": 10.0 ** (i - _BELOW)} for i in range(10)],
+        forms=sorted(report.forms, key=lambda form: form.verdict == "ok"),
         runs=_runs(report),
         growth=_growth(report),
         strip=_strip(report.token_kl),
@@ -48,7 +51,7 @@ def render(report: Report) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")  # a path need not be valid Unicode
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """A number as a person reads it: 3.1e-7, 0, 42.5."""
     if value is None:
         return "–"
@@ -57,7 +60,7 @@ def number(value: float | None) -> str:
     if value == 0:
         return "0"
     if 0.01 <= abs(value) < 1e4:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
     if math.isclose(value, 10.0 ** (power := round(math.log10(abs(value))))):
         return f"1e{power}"
     return re.sub(r"e([+-])0?(\d+)", lambda m: f"e{m[1].replace('+', '')}{m[2]}", f"{value:.1e}")
@@ -66,19 +69,18 @@ def number(value: float | None) -> str:
 def tip(tap: TapResult) -> str:
     """All that is known about one tap, a line each."""
     where = "whole model" if tap.layer is None else f"layer {tap.layer}"
-    gate = _gate(tap)
-    times = tap.worst_token_rel_l2 / gate
+    times = tap.worst_token_rel_l2 / tap.gate
     lines = [f"{where} · {tap.tap} · {'FAIL' if tap.verdict == 'fail' else tap.verdict}"]
     if tap.verdict != "incomplete":
-        over = f" = {number(times)} × the gate of {number(gate)}" if 1 < times < metrics.WORST else f", gate {number(gate)}"
+        over = (
+            f" = {number(times)} × the gate of {number(tap.gate)}"
+            if 1 < times < metrics.WORST
+            else f", gate {number(tap.gate)}"
+        )
         lines += [f"worst token {number(tap.worst_token_rel_l2)}{over}", f"max |Δ| {number(tap.max_abs)}"]
     if tap.port_over_reference is not None:
         lines.append(f"port/reference {number(tap.port_over_reference)}×")
     return "\n".join([*lines, tap.note] if tap.note else lines)
-
-
-def _gate(tap: TapResult) -> float:
-    return tap.gate
 
 
 def _first(report: Report) -> dict[str, Any] | None:
@@ -97,7 +99,7 @@ def _first(report: Report) -> dict[str, Any] | None:
     failed = next((tap for tap in report.taps if tap.verdict == "fail"), None)
     if failed is None:
         return found | {"note": _why(report, where["tap"])}
-    return found | {"worst": failed.worst_token_rel_l2, "over": failed.worst_token_rel_l2 / _gate(failed), "note": failed.note}
+    return found | {"worst": failed.worst_token_rel_l2, "over": failed.worst_token_rel_l2 / failed.gate, "note": failed.note}
 
 
 def _why(report: Report, tap: str) -> str:
@@ -116,17 +118,10 @@ def _why(report: Report, tap: str) -> str:
     return "right in float32, but here less precise than the reference in the same dtype"
 
 
-def _also(report: Report) -> list[str]:
-    """What else is wrong or worth a warning: of each section that has no place of its own on the page."""
-    found = []
-    for section in sections(report):
-        if section.name in ("configuration", "errors"):
-            found += section.lines
-        elif section.name in ("expert flips", "precision", "gradients") and section.verdict in ("fail", "warn"):
-            found.append(f"{section.name.capitalize()}: {section.headline}.")
-        elif section.name == "gradients":
-            found.append(f"{section.headline.capitalize()}.")
-    return found
+def _besides(arms: Sequence[Section]) -> list[str]:
+    """What the diagnosis says behind what it names and what to do: other faults, what follows from them, the third witness."""
+    said = [line for arm in arms if arm.name == "diagnosis" for line in arm.lines]
+    return [line for line in said if not line.startswith(("diagnosis:", "to do:"))]
 
 
 # --- the heatmap ------------------------------------------------------------------------------------------------
@@ -134,7 +129,7 @@ def _also(report: Report) -> list[str]:
 
 def _cell(report: Report, tap: TapResult) -> dict[str, Any]:
     """`at`: place on its side of the colour scale in percent, from the quiet end below the gate, from the gate above."""
-    decades = math.log10(max(tap.worst_token_rel_l2, 1e-300) / _gate(tap))
+    decades = math.log10(max(tap.worst_token_rel_l2, 1e-300) / tap.gate)
     share = decades / _ABOVE if tap.verdict == "fail" else 1 + decades / _BELOW
     first = tap.verdict == "fail" and {"layer": tap.layer, "tap": tap.tap} == report.first_divergence
     return {"tap": tap, "at": round(100 * min(max(share, 0), 1)), "first": first}
