@@ -43,6 +43,7 @@ def broken_report() -> Report:
         "residual_after": 4e-6,
         "fix": "a query sees `window` keys, itself included",
         "others": [],
+        "forms": [],
     }
     healthy.incomplete = ["one reason", "another reason"]
     return healthy

@@ -104,5 +104,7 @@ def test_a_report(small, small_out, tmp_path, monkeypatch):
 
 
 def test_a_self_test():
-    result = SelfTest([Outcome("a", 0, 0, True, True, True, "", False)], [RunOutcome("b", "c", "d", True, None, "")])
+    result = SelfTest(
+        [Outcome("a", 0, 0, True, True, True, [], "", False)], [RunOutcome("b", "c", "d", 0, True, None, True, [], "")]
+    )
     check("Of the self-test", json.loads(result.to_json()))

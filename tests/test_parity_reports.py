@@ -324,7 +324,7 @@ def test_the_page_has_every_arm_and_every_form(broken):
 
 def test_other_faults_and_the_third_witness_stand_behind_the_diagnosis(broken):
     other = {"layer": 3, "tap": "mlp_out", "fault": "swiglu's alpha is 1", "name": "swiglu-alpha-one", "pattern": ""}
-    broken.findings = [broken.diagnosis, other | {"follows": None}]
+    broken.findings = [broken.diagnosis, other | {"follows": None, "forms": []}]
     broken.witness = {"layer": 16, "tap": "attn_core", "noise": 1e-7, "reference": 2e-7, "port": 0.5, "left": "port"}
     items = "Also wrong: layer 3 mlp_out: swiglu's alpha is 1 [swiglu-alpha-one] Third witness, from the equation"
     assert f"itself included {items}" in Page(page.render(broken)).text
