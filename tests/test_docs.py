@@ -93,7 +93,7 @@ AS = {
     "report-diff report.json report-after.json": ["report-diff report.json report.json"],
     "finetune.py --experts-qat best": ["finetune.py SRC notes.txt qat --experts-qat best"],
     "scripts/examples/finetune.py SRC TEXT RUN": ["scripts/examples/finetune.py SRC notes.txt RUN"],
-    "scripts/stress/kill_convert.py WORK --kills 200 [--to hf] [--from-orbax] [--bucket]": [
+    "scripts/stress/kill_convert.py WORK --kills 500 [--to hf] [--from-orbax] [--bucket]": [
         "scripts/stress/kill_convert.py WORK --to hf"
     ],
 }
@@ -140,7 +140,8 @@ def small_ones(tmp_path_factory, even_checkpoints, even_cfg):
 def at_home(small_ones, tmp_path, monkeypatch):
     from oss_model import hub
 
-    monkeypatch.setattr(hub, "_snapshot", lambda repository, *_: {"openai/gpt-oss-20b": small_ones / "gpt-oss-20b"}[repository])
+    real, there = hub._snapshot, {"openai/gpt-oss-20b": small_ones / "gpt-oss-20b"}  # others are of servers that are here
+    monkeypatch.setattr(hub, "_snapshot", lambda repository, *rest: there.get(repository) or real(repository, *rest))
     shutil.copytree(small_ones, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

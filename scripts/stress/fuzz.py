@@ -134,7 +134,7 @@ def hub_targets(root: Path) -> dict[str, Target]:
     (root / "there").mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (root / "there" / name).write_text(name)
-    served = Hub({"": root / "there"})
+    served = Hub({"": root / "there"}, "nobody/nothing")  # a name that no directory has
     files = {kind: root / f"{kind}.json" for kind in ("info", "tree", "headers")}
 
     def learn(kind: str, answer: Answer) -> Answer:
