@@ -71,9 +71,7 @@ AS = {
     "check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --html report.html --junit report.xml --card card.md": [
         "check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --forms none --html report.html --junit report.xml --card card.md"
     ],
-    "convert-oss run/model served --to hf --quantizer best --like gpt-oss-20b": [
-        "convert-oss VALUES served-tuned --to hf --quantizer best --like gpt-oss-20b"
-    ],
+    "convert-oss run/model served --to hf --quantizer best": ["convert-oss VALUES served-tuned --to hf --quantizer best"],
     "convert-oss gpt-oss-20b-packed served --to hf": [
         "convert-oss gpt-oss-20b gpt-oss-20b-packed --dtype mxfp4",
         "convert-oss gpt-oss-20b-packed served --to hf",
@@ -83,9 +81,7 @@ AS = {
         "check-parity gpt-oss-20b-orbax --json before.json",
         "report-diff before.json before.json",
     ],
-    "check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --html report.html": [
-        "check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --forms none --html report.html"
-    ],
+    "check-parity gpt-oss-20b gpt-oss-20b-orbax --layers": ["check-parity gpt-oss-20b gpt-oss-20b-orbax --layers --forms none"],
     "check-parity gpt-oss-20b-orbax --layers": ["check-parity gpt-oss-20b-orbax --layers --forms none"],
     "check-parity --card": ["check-parity SRC DST --card card.md"],
     "check-parity DST --golden F": ["convert-oss SRC DST", "check-parity SRC DST --record F", "check-parity DST --golden F"],
