@@ -23,7 +23,7 @@ from parity.prompts import random_prompt
 from parity.protocols import Answers, PortCan, Question
 from parity.recording import Recorder, Recording
 from parity.reference import Reference
-from parity.reports.report import Report
+from parity.reports.report import Report, TapResult
 
 # A mistake of each kind; `check-parity --self-test` has all of them.
 SOME = (
@@ -110,6 +110,26 @@ def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, ref
     assert [(one["name"], one["forms"]) for one in report.findings] == [("rows-see-the-first", ["jit", "eager"])]
     assert report.findings[0]["residual_before"] > 1
     assert report.findings[0]["residual_after"] < 2e-6
+
+
+def test_what_follows_from_a_tap_is_said_to_and_what_was_lost_in_loading_too(sources, checkpoints):
+    with RUNNING["sinks-lost-in-loading"].injected():
+        report = compare(sources["hf"], checkpoints["bfloat16"], forms=("jit", "generate"))  # type: ignore[arg-type]
+    assert report.diagnosis is not None
+    assert (report.diagnosis["cause"], report.diagnosis["name"]) == ("loading", "lost-in-loading")
+    assert report.diagnosis["fault"].startswith("layers.0.attn.sinks is lost in loading: 14 of 14 values are not")
+    assert {one["name"] for one in report.findings} == {"lost-in-loading", None}
+    follow = [(one["forms"], one["follows"]) for one in report.findings if one["forms"]]
+    assert follow == [(["jit", "generate"], {"layer": 0, "tap": "attn_core"})]
+
+
+def test_a_form_that_is_wrong_elsewhere_does_not_follow(subject, reference):
+    """Than a tap that is wrong by itself."""
+    report = Report("source", "checkpoint", "model", 1, 0, taps=[TapResult(3, "mlp_out", 1.0, 1.0, "fail")])
+    port = types.SimpleNamespace(can=PortCan(forms=subject), stored={}, restore=dict)
+    with RUNNING["rows-see-the-first"].injected():
+        compare_forms(port, reference, report, ["jit"], fits=True, seed=0, progress=lambda *_: None, dtypes=("float32",))  # type: ignore[arg-type]
+    assert [(one["name"], one["follows"]) for one in report.findings] == [("rows-see-the-first", None)]
 
 
 def test_what_nobody_knows_is_located_and_not_named(subject, reference, monkeypatch):

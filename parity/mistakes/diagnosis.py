@@ -15,6 +15,7 @@ from parity import configs, metrics
 from parity import equations as eq
 from parity.judge import Judge
 from parity.mistakes import catalogue, edits
+from parity.mistakes.as_run import LOADING
 from parity.mistakes.catalogue import Fault
 from parity.mistakes.parameters import Parameters, UnknownValueError
 from parity.protocols import Arrays, Expected, Oracle, Port, Settings
@@ -110,7 +111,7 @@ class Diagnosis:
 
     def tap(self, n: int | None, tap: str, parameters: Parameters, given: Arrays, want: np.ndarray, got: np.ndarray) -> None:
         """Of a tap that fails on the reference's own inputs `given`; n is None outside the layers."""
-        if not self.settings or self.configured or self._weights(n, tap):
+        if not self.settings or self.configured or self._weights(n, tap) or self._lost(n, tap):
             return
         if n is not None and tap in ("q_rope", "k_rope") and any(one["tap"] == "rope" for one in self.report.findings):
             self._find("code", n, tap, follows={"layer": None, "tap": "rope"})
@@ -188,6 +189,14 @@ class Diagnosis:
         others = [one.name for one in differing if one is not first]
         self._tell_of(first, f" (and {', '.join(others)})" if others else "")
         return True
+
+    def _lost(self, n: int | None, tap: str) -> bool:
+        """Whether a parameter that the tap is computed with is not what is stored; then that is what is said."""
+        prefixes = tuple(("" if n is None else f"layers.{n}.") + part for part in PARAMETERS.get(tap, ()))
+        lost = [one for one in self.report.loading if one.name.startswith(prefixes)] if prefixes else []
+        for one in lost[:1]:
+            self._tell("loading", n, tap, LOADING.says.format(name=one.name, note=one.note), LOADING.name, LOADING.fix)
+        return bool(lost)
 
     def _differing(self, prefix: str) -> list[Weight]:
         return [weight for weight in self.report.weights if weight.note and weight.name.startswith(prefix)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oss_model.taps import LAYER_TAPS
+from oss_model.taps import LAYER_TAPS, MODEL_TAPS
 from parity import equations as eq
 from parity import metrics
 from parity.gradients import compare_gradients
@@ -84,15 +84,14 @@ class RunDiagnosis:
             self._find(result, (None, "form"), pattern="in bfloat16 alone, right in float32")
 
     def _follows(self, result: FormResult, place: Place) -> bool:
-        """Of a tap that is wrong by itself, or of a configuration that is another."""
-        failing = [(tap.layer, tap.tap) for tap in self.report.taps if tap.verdict == "fail"]
-        failing += [(None, "config") for one in self.report.configs if one["logits"]]
-        own = place if place[0] is not None else None
-        cause = own if own in failing else failing[0] if failing and result.on == "model" else None
-        if cause is None:
-            return False
-        self._find(result, place, follows={"layer": cause[0], "tap": cause[1]})
-        return True
+        """Of another configuration, or of a tap that is wrong by itself: the same one, or any where no place is known."""
+        failing: list[Place] = [(tap.layer, tap.tap) for tap in self.report.taps if tap.verdict == "fail"]
+        causes = [(None, "config") for one in self.report.configs if one["logits"]]
+        causes += [one for one in failing if one == place or (one[1] == "rope" and place[1] in ("q_rope", "k_rope"))]
+        causes += failing if place[1] not in (*LAYER_TAPS, *MODEL_TAPS, RETURNED) and result.on == "model" else []
+        if causes:
+            self._find(result, place, follows={"layer": causes[0][0], "tap": causes[0][1]})
+        return bool(causes)
 
     def _lost_in_loading(self, result: FormResult, place: Place) -> bool:
         layer, tap = place
