@@ -148,7 +148,7 @@ def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_pa
 def test_nothing_is_converted_before_the_options_are_good(source, text, tmp_path):
     done = subprocess.run(command(source, text, tmp_path / "run", "--mesh", "data=1"), capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: mesh: expected axes named expert, fsdp, tensor, found 'data'\n"
+    assert done.stderr == "error: mesh: expected axes named context, expert, fsdp, tensor, found 'data'\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -96,11 +96,11 @@ class RunDiagnosis:
     def _lost_in_loading(self, result: FormResult, place: Place) -> bool:
         layer, tap = place
         calls, prefix = self.port.can.calls, "" if layer is None else f"layers.{layer}."
+        if calls is None or result.on != "model":
+            return False
         names = [
             name for name in self.port.stored if name.startswith(tuple(prefix + part for part in PARAMETERS.get(tap, ("-",))))
         ]
-        if calls is None or result.on != "model":
-            return False
         for name, stored in self.port.restore(names).items():
             got = calls.loaded([name]).get(name)
             if got is None or digest(got) != digest(stored):
