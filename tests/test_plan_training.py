@@ -160,7 +160,7 @@ def test_too_large_is_read_from_the_compilers_refusal():
     ("options", "said"),
     [
         (["--mesh", "fsdp=4"], "--mesh: expected sizes that multiply to 8 devices, found fsdp=4"),
-        (["--mesh", "data=8"], "mesh: expected axes named expert, fsdp, tensor, found 'data'"),
+        (["--mesh", "data=8"], "mesh: expected axes named context, expert, fsdp, tensor, found 'data'"),
         (["--topology", "v4:2x2x2"], "--topology: expected cpu:N or one of v5p, v5e, v6e such as v5p:2x2x2, found 'v4:2x2x2'"),
         (["--topology", "cpu:9"], "--topology: expected cpu:N of at most 8 devices, found 'cpu:9'"),
         (["--param-dtype", "mxfp4"], "--param-dtype mxfp4: expected --lora beside it"),
