@@ -23,6 +23,7 @@ from parity.prompts import random_prompt
 from parity.protocols import Answers, PortCan, Question
 from parity.recording import Recorder, Recording
 from parity.reference import Reference
+from parity.reference.whole import Whole
 from parity.reports.report import Report, TapResult
 
 # A mistake of each kind; `check-parity --self-test` has all of them.
@@ -321,6 +322,16 @@ def _without_forms(recording: Recording) -> Recording:
 def test_a_text_ends_with_the_first_token_that_ends_it():
     assert until(np.array([4, 7, 9, 7]), (7,)) == 2
     assert until(np.array([4, 7]), (8,)) == 2
+
+
+def test_the_reference_goes_on_after_a_token_that_ends_a_text(sources):
+    """As many tokens as were asked for: where to stop is the other form's."""
+    whole, rows = Whole(Reference(sources["hf"])), [np.arange(5)]
+    (made,), _ = whole.generate(rows, 6)
+    whole.model.generation_config.eos_token_id = int(made[2])
+    (again,), _ = whole.generate(rows, 6)
+    assert made.tolist() == again.tolist()
+    assert len(made) == 6
 
 
 def test_rows_have_no_near_tie_where_that_can_be(reference):

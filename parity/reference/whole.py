@@ -67,6 +67,7 @@ class Whole:
             return_dict_in_generate=True,
         )
         made, margins = [], []
+        self.model.generation_config.eos_token_id = None  # else it takes the place of None above
         for row in rows:
             given = _one(row)
             out: Any = self.model.generate(  # type: ignore[operator]
