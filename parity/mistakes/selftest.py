@@ -43,6 +43,7 @@ HEALTHY: tuple[dict[str, Any], ...] = (
     {"expert_path": "ragged"},
     {"compiled": True},
 )
+TRUE_TOO = {"rope-missing": "rope-not-on-k"}  # of k, at its own tap
 KINDS = (LOGITS, TOKENS, GRADIENTS, UPDATED)
 Convert = Callable[..., Any]
 
@@ -232,7 +233,7 @@ def _ran(mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> tuple[FormR
 
 def _false(report: Report, right: str) -> list[str]:
     """What was named and is not what was made; that weights differ is true of any that do."""
-    return sorted({one["name"] for one in report.findings} - {None, right, "weights-differ"})
+    return sorted({one["name"] for one in report.findings} - {None, right, "weights-differ", TRUE_TOO.get(right)})
 
 
 def _where(one: Outcome | RunOutcome) -> str:
@@ -299,8 +300,9 @@ def _judged(fault: Fault, n: int | None, seed: int, report: Report, changed: lis
     else:
         located = where == {"layer": n, "tap": fault.tap}
     named = report.diagnosis is not None and report.diagnosis["name"] == fault.name
-    said = "" if found and located and named else _said(report)
-    return Outcome(fault.name, n, seed, found, located, named, _false(report, fault.name), said, cosine >= COSINE)
+    false = _false(report, fault.name)
+    said = "" if found and located and named and not false else f"{_said(report)} {', '.join(false)}".strip()
+    return Outcome(fault.name, n, seed, found, located, named, false, said, cosine >= COSINE)
 
 
 def _said(report: Report) -> str:
