@@ -189,12 +189,12 @@ def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
     expected, layer = reference.layer(0), candidate.layer(0)
     taps = expected.run(reference.embed(prompt.tokens, np.float32))
     taps["expert_choice"] = np.minimum(taps["expert_choice"], 6)
-    run.experts(0, expected, layer, taps, taps["mlp_out"])
+    run.experts(run.judge, 0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "ok"
     assert run.report.taps[-1].note == "2 unreached experts fed directly"
     bias = layer.block(np.float32).mlp.down.bias
     bias.set_value(bias[...].at[8].add(jnp.ones((), bias.dtype)))
-    run.experts(0, expected, layer, taps, taps["mlp_out"])
+    run.experts(run.judge, 0, expected, layer, taps, taps["mlp_out"])
     assert run.report.taps[-1].verdict == "fail"
 
 
