@@ -229,8 +229,8 @@ def test_a_tap_can_replace_a_value(model, prompt):
 def test_use_sharding_annotates_every_parameter(cfg):
     model = nnx.eval_shape(lambda: Transformer(dataclasses.replace(cfg, use_sharding=True), rngs=nnx.Rngs(0)))
     specs = {".".join(map(str, p)): v.get_metadata()["out_sharding"] for p, v in nnx.to_flat_state(nnx.state(model))}
-    assert tuple(specs["layers.0.mlp.gate_up.weight"]) == (("expert", "fsdp"), None, "tensor", None)
-    assert tuple(specs["embedding.weight"]) == (("expert", "tensor", "fsdp"), None)
+    assert tuple(specs["layers.0.mlp.gate_up.weight"]) == (("expert", "fsdp", "context"), None, "tensor", None)
+    assert tuple(specs["embedding.weight"]) == (("expert", "tensor", "fsdp", "context"), None)
 
 
 def test_the_model_is_readable_in_one_sitting():

@@ -386,8 +386,9 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
     monkeypatch.setattr(attention, "sink_attention", wrong)
     result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), "--layers", "--forms", "none"])
     assert result.exit_code == 1
-    (marked,) = (line for line in result.stdout.splitlines() if "FAIL  <- first" in line)
+    (marked,) = (line for line in result.stdout.splitlines() if "<- first" in line)
     assert marked.split()[:2] == ["0", "attn_core"]
+    assert "FAIL" in marked.split()
     assert "first divergence: layer 0, attn_core" in result.stdout
 
 
