@@ -44,6 +44,16 @@ for library in ("OPENBLAS", "OMP", "MKL"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Compiled ones are forgotten when there are many: each takes maps of memory, of which Linux gives a process 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def cfg():
     """The model of the tests, computed in float32: every size distinct, prompts longer than its window of 11."""
