@@ -257,7 +257,7 @@ def _diagnosis(report: Report) -> Iterator[Section]:
         said = [f"diagnosis: {parameter}{found['fault']}{residuals(found)}   [{found['name']}]", f"  to do: {found['fix']}"]
         if found["others"]:
             said.append(f"  as well as: {', '.join(other['name'] for other in found['others'])}")
-        if found["forms"]:
+        if found.get("forms"):
             said.append(f"  as it is run ({', '.join(found['forms'])}): {found['pattern']}".removesuffix(": "))
     elif report.explained:
         pattern = f"; {report.pattern}" if report.pattern else ""
@@ -281,7 +281,7 @@ def _others(report: Report) -> list[str]:
             said = one["fault"] or ", ".join(part for part in ("no known mistake explains it", one["pattern"]) if part)
             if one["follows"] is not None:
                 said = f"follows from {_place(one['follows'])}"
-            rest.setdefault((one["tap"], said, one["name"], ", ".join(one["forms"])), []).append(one["layer"])
+            rest.setdefault((one["tap"], said, one["name"], ", ".join(one.get("forms", ()))), []).append(one["layer"])
     lines = []
     for (tap, said, name, forms), layers in rest.items():
         inside = [str(layer) for layer in layers if layer is not None]
