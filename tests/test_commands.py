@@ -19,8 +19,14 @@ from oss_model.exits import run_click
 from parity.cli import _report_diff, diff_main
 from parity.cli import main as check_parity
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "examples"))
+
+import finetune
+import plan_training
+
 CONVERTING = {"convert-oss": cli._convert_oss, "verify-oss": cli._verify_oss, "inspect-oss": cli._inspect_oss}
 COMMANDS = CONVERTING | {"check-parity": check_parity, "report-diff": _report_diff}
+EXAMPLES = {"finetune.py": finetune.main, "plan_training.py": plan_training.main}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -35,6 +41,11 @@ def test_each_says_its_version(name, capsys):
     assert oss_model.__version__ == converter.__version__ == parity.__version__ == version("convert-oss")
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_say_theirs_too(name):
+    assert CliRunner().invoke(EXAMPLES[name], ["--version"], prog_name=name).output == f"{name} {version('convert-oss')}\n"
+
+
 @pytest.mark.parametrize(("module", "name"), [("converter", "convert-oss"), ("parity", "check-parity")])
 def test_packages_run_as_modules(module, name):
     said = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True).stdout
@@ -42,14 +53,15 @@ def test_packages_run_as_modules(module, name):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS | EXAMPLES)
 def test_help_fits_and_examples_and_exit_codes_are_whole(name, width):
+    command = (COMMANDS | EXAMPLES)[name]
     widths = {"terminal_width": width, "max_content_width": width}
-    context = COMMANDS[name].make_context(name, [], resilient_parsing=True, **widths)
-    text = COMMANDS[name].get_help(context)
+    text = command.get_help(command.make_context(name, [], resilient_parsing=True, **widths))
     assert max(map(len, text.splitlines())) <= width
     assert "\\b" not in text
-    help_ = inspect.cleandoc(COMMANDS[name].help)
+    assert "RANGE" not in text
+    help_ = inspect.cleandoc(command.help)
     examples, codes = (part.splitlines()[1:] for part in help_.split("\n\n") if part.startswith("\b"))
     assert (examples[0].rstrip("s:"), codes[0]) == ("Example", "Exit status:")
     assert examples[1].startswith(f"    {name} ")

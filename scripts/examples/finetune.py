@@ -18,6 +18,11 @@ is found to be possible.
 RUN/base is the converted checkpoint, RUN/steps what a resumed run needs, RUN/model the result, in the tree of the checkpoint
 that convert-oss makes. Low-rank updates are in RUN/lora, and folded into RUN/model, unless they are of packed experts.
 RUN/log.jsonl has a line a step. On several hosts each runs this, with --distributed and the same RUN, on a disk they share.
+
+\b
+Exit status:
+    0 done, 2 bad input, 3 incomplete,
+    70 a bug, 130 interrupted
 """
 
 import contextlib
@@ -37,6 +42,7 @@ import click
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from click_option_group import optgroup
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -238,37 +244,62 @@ def initialize(_context, _option, text: str | None) -> None:
 
 AT_LEAST_1 = click.IntRange(min=1)
 SHARE = click.FloatRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(help=(__doc__ or "").replace("\\b", "\b"), context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("src", type=click.Path())
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("text", type=TEXT_FILE)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--mesh", default="fsdp=-1", show_default=True, help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.")
-@click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
-@click.option("--rank", default=16, show_default=True, type=AT_LEAST_1, help="Of the LoRA updates.")
-@click.option("--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora.")
-@click.option("--freeze", metavar="REGEX", callback=pattern, help="Of the parameters of --train, not these: '.*router.*'.")
-@click.option("--steps", default=100, show_default=True, type=AT_LEAST_1)
-@click.option("--batch", default=8, show_default=True, type=AT_LEAST_1, help="Rows a step.")
-@click.option("--accumulate", default=1, show_default=True, type=AT_LEAST_1, help="Compute a batch in so many parts.")
-@click.option("--length", default=256, show_default=True, type=AT_LEAST_1, help="Tokens a row.")
-@click.option("--learning-rate", default=1e-4, show_default=True, type=click.FloatRange(min=0, min_open=True))
-@click.option("--warmup", default=10, show_default=True, type=click.IntRange(min=0), help="Steps up to the learning rate.")
-@click.option("--schedule", "shape", type=click.Choice(SCHEDULES), default="constant", show_default=True, help="After these.")
-@click.option(
-    "--clip", default=1.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="The gradient's norm."
+@optgroup.group("What is trained")
+@optgroup.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
+@optgroup.option("--rank", default=16, show_default=True, type=AT_LEAST_1, metavar="N", help="Of the LoRA updates.")
+@optgroup.option(
+    "--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora."
 )
-@click.option("--weight-decay", default=0.0, show_default=True, type=SHARE, help="Of matrices (AdamW).")
-@click.option("--balance", default=0.0, show_default=True, type=SHARE, help="Weight of a loss that evens the experts' load.")
-@click.option("--eval", "held_out", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Like TEXT, held out.")
-@click.option("--save-every", default=50, show_default=True, type=AT_LEAST_1, help="Steps; --eval is looked at then, too.")
-@click.option("--keep", default=1, show_default=True, type=AT_LEAST_1, help="Of the steps saved, the last so many.")
-@click.option("--best", is_flag=True, help="RUN/model is of the saved step whose loss on --eval is the lowest.")
-@click.option("--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--experts-qat", type=click.Choice(["best", "ocp", "ceil"]), help="Train for an export with this --quantizer.")
-@click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
-@click.option(
+@optgroup.option("--freeze", metavar="REGEX", callback=pattern, help="Of the parameters of --train, not these: '.*router.*'.")
+@optgroup.option("--experts-qat", type=click.Choice(["best", "ocp", "ceil"]), help="Train for an export with this --quantizer.")
+@optgroup.group("The batch")
+@optgroup.option("--batch", default=8, show_default=True, type=AT_LEAST_1, metavar="N", help="Rows a step.")
+@optgroup.option("--length", default=256, show_default=True, type=AT_LEAST_1, metavar="N", help="Tokens a row.")
+@optgroup.option(
+    "--accumulate", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="Compute a batch in so many parts."
+)
+@optgroup.group("The optimizer")
+@optgroup.option("--steps", default=100, show_default=True, type=AT_LEAST_1, metavar="N", help="How many.")
+@optgroup.option("--learning-rate", default=1e-4, show_default=True, type=POSITIVE, metavar="X", help="Of AdamW.")
+@optgroup.option(
+    "--warmup", default=10, show_default=True, type=click.IntRange(min=0), metavar="N", help="Steps up to the learning rate."
+)
+@optgroup.option("--schedule", "shape", type=click.Choice(SCHEDULES), default="constant", show_default=True, help="After it.")
+@optgroup.option("--clip", default=1.0, show_default=True, type=POSITIVE, metavar="X", help="The gradient's norm.")
+@optgroup.option("--weight-decay", default=0.0, show_default=True, type=SHARE, metavar="X", help="Of matrices.")
+@optgroup.option(
+    "--balance", default=0.0, show_default=True, type=SHARE, metavar="X", help="Weight of a loss that evens the experts' load."
+)
+@optgroup.group("What is kept")
+@optgroup.option("--eval", "held_out", type=TEXT_FILE, metavar="FILE", help="Like TEXT, held out.")
+@optgroup.option(
+    "--save-every", default=50, show_default=True, type=AT_LEAST_1, metavar="N", help="Steps; --eval is looked at then, too."
+)
+@optgroup.option("--keep", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="How many saved steps.")
+@optgroup.option("--best", is_flag=True, help="RUN/model is of the saved step whose loss on --eval is the lowest.")
+@optgroup.group("Where it runs")
+@optgroup.option(
+    "--mesh", default="fsdp=-1", show_default=True, metavar="AXES", help="And sizes, such as fsdp=4,expert=2; -1: what is left."
+)
+@optgroup.option(
+    "--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="The products' dtype."
+)
+@optgroup.option(
+    "--remat",
+    type=click.Choice(["none", "mlp", "block"]),
+    default="block",
+    show_default=True,
+    help="What backward repeats.",
+)
+@optgroup.option(
     "--distributed",
     metavar="auto|HOST:PORT,I/N",
     is_eager=True,
@@ -276,6 +307,7 @@ SHARE = click.FloatRange(min=0)
     callback=initialize,
     help="One of several processes: of a TPU pod or Slurm, or the I-th of N, the first of which is at HOST:PORT.",
 )
+@click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 def main(
     src, text, run, mesh, lora, rank, chosen, freeze, steps, batch, accumulate, length, learning_rate, warmup, shape, clip,
     weight_decay, balance, held_out, save_every, keep, best, compute, experts_qat, remat,

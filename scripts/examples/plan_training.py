@@ -1,15 +1,19 @@
 r"""Will a fine-tuning fit, and what will it cost? Compiles finetune.py's own step for devices that need not be there.
 
 \b
-    scripts/tpu --size 20b --topology v5p:2x2x2 --mesh fsdp=8 --length 4096
-    scripts/tpu --size 120b --topology v5p:4x4x4 --mesh fsdp=16,expert=4 --param-dtype mxfp4 --lora '.*(q|k|v|o)_proj'
-    plan_training.py --size 20b --topology cpu:8 --mesh fsdp=8 --layers 2 --length 512
+Examples:
+    plan_training.py --topology cpu:8 --mesh fsdp=8
+    scripts/tpu --topology v5p:2x2x2 --mesh fsdp=8
+    scripts/tpu --topology v5e:4x4 --mesh fsdp=16 \
+        --param-dtype mxfp4 --lora '.*(q|k|v|o)_proj'
 
 scripts/tpu makes the environment that compiles for TPUs on any machine, and runs this in it. Topologies are those of libtpu:
 v5p:2x2x2 is 8 chips. No weights are needed. Equal layers are one loop (oss_model.scanned), so compiling takes a minute or two
 whatever the depth.
 
-Exit status: 0 it fits, 1 it does not, 2 bad input.
+\b
+Exit status:
+    0 it fits, 1 it does not, 2 bad input, 70 a bug
 """
 
 import dataclasses
@@ -261,26 +265,33 @@ def axes(_context, _option, text: str) -> tuple[tuple[str, int], ...]:
 
 
 AT_LEAST_1 = click.IntRange(min=1)
+DTYPES, REMATS = click.Choice(["float32", "bfloat16", "mxfp4"]), click.Choice(["none", "mlp", "block"])
 
 
-@click.command(help=__doc__)
-@click.option("--size", "model", type=click.Choice(["tiny", "20b", "120b"]), default="20b", show_default=True)
-@click.option("--layers", type=AT_LEAST_1, help="Fewer than the model has.")
-@click.option("--topology", required=True, help="v5p:2x2x2, v5e:4x8, v6e:16x16, ...; cpu:8 for simulated devices.")
-@click.option("--mesh", required=True, callback=axes, help="Axes and sizes, such as fsdp=16,expert=4.")
-@click.option("--length", type=AT_LEAST_1, default=4096, show_default=True, help="Tokens a row.")
+@click.command(help=(__doc__ or "").replace("\\b", "\b"), context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--size", "model", type=click.Choice(["tiny", "20b", "120b"]), default="20b", show_default=True, help="Of gpt-oss."
+)
+@click.option("--layers", type=AT_LEAST_1, metavar="N", help="Fewer than the model has.")
+@click.option(
+    "--topology", metavar="KIND:SHAPE", required=True, help="v5p:2x2x2, v5e:4x8, v6e:16x16, ...; cpu:8 for simulated devices."
+)
+@click.option("--mesh", metavar="AXES", required=True, callback=axes, help="And sizes, such as fsdp=16,expert=4.")
+@click.option("--length", type=AT_LEAST_1, metavar="N", default=4096, show_default=True, help="Tokens a row.")
 @click.option(
     "--batch",
     type=AT_LEAST_1,
+    metavar="N",
     help="Rows a step, on all devices together. [default: one a device, and one for those that share a row by context]",
 )
-@click.option("--param-dtype", type=click.Choice(["float32", "bfloat16", "mxfp4"]), default="float32", show_default=True)
-@click.option("--remat", type=click.Choice(["none", "mlp", "block"]), default="block", show_default=True)
+@click.option("--param-dtype", type=DTYPES, default="float32", show_default=True, help="What parameters are held in.")
+@click.option("--remat", type=REMATS, default="block", show_default=True, help="What backward computes again.")
 @click.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
-@click.option("--rank", default=16, show_default=True, type=AT_LEAST_1)
+@click.option("--rank", default=16, show_default=True, type=AT_LEAST_1, metavar="N", help="Of the LoRA updates.")
 @click.option("--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--search/--no-search", default=True, help="Where it does not fit, compile what may.", show_default=True)
+@click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 def main(model, layers, topology, mesh, length, batch, param_dtype, remat, lora, rank, chosen, as_json, search) -> int:
     cfg = {"tiny": ModelConfig.tiny, "20b": ModelConfig.gpt_oss_20b, "120b": ModelConfig.gpt_oss_120b}[model]()
     kind = topology.partition(":")[0]
