@@ -16,6 +16,7 @@ from pathlib import Path
 from oss_model.buckets import path_of
 from oss_model.errors import CommandError, Incomplete, InputError, meaning, nothing_at
 from oss_model.hub_answers import COMMIT, looked_at, no_hub
+from oss_model.terminal import counted
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -98,7 +99,7 @@ def _snapshot(repository: str, revision: str | None, subfolder: str | None, down
         if files:
             cache = Path(constants.HF_HUB_CACHE)
             _check_room(cache, size)
-            print(f"{repository}: downloading {len(files)} files, {size / 1e9:.2f} GB, to {cache}", file=sys.stderr)
+            print(f"{repository}: downloading {counted(len(files), 'file')}, {size / 1e9:.2f} GB, to {cache}", file=sys.stderr)
         for attempt in range(TRIES):
             try:
                 with quietly():

@@ -20,6 +20,11 @@ _VERDICT = re.compile(rf"(?:^|(?<=  )|(?<=-> ))({'|'.join(_VERDICTS)})(?=  | x\d
 _FIELD = re.compile(r"\S+(?: \S+)+")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tap`, `2 taps`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def columns(stream: TextIO | io.TextIOBase) -> int | None:
     """How wide the terminal is; None where `stream` is none."""
     return os.get_terminal_size(stream.fileno()).columns or 80 if stream.isatty() else None

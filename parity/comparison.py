@@ -12,6 +12,7 @@ from oss_model.buckets import path_of
 from oss_model.errors import InputError, raise_all
 from oss_model.memory import peak_rss
 from oss_model.params import is_orbax
+from oss_model.terminal import counted
 from parity import configs
 from parity.arms import Arms, Progress
 from parity.design import by_design
@@ -168,7 +169,7 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         names = [name for name in port.stored or want if name in want]
         missing = [name for name in names if name not in got]
         if missing:
-            report.lacks(f"gradients: the port gave none of {len(missing)} parameters, the first {missing[0]}")
+            report.lacks(f"gradients: the port gave none of {counted(len(missing), 'parameter')}, the first {missing[0]}")
         report.gradients = compare_gradients(want, got, [name for name in names if name in got])
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from oss_model.terminal import counted
 from parity import metrics
 from parity.prompts import Prompt
 from parity.protocols import Arrays
@@ -79,7 +80,7 @@ class Judge:
         flips = self._flips(logits, taps["expert_choice"], logits, got.reshape(taps["expert_choice"].shape))
         bad = [flip for flip in flips if not flip["explained"]]
         verdict, worst = ("fail", 1.0) if bad else ("ok", 0.0)
-        note = f"{len(bad)} tokens chose other experts" if bad else ""
+        note = f"{counted(len(bad), 'token')} chose other experts" if bad else ""
         self._add(layer, "expert_choice", worst, float(len(bad)), verdict, note)
 
     def rope(self, positions: np.ndarray, got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray, ...]) -> None:
@@ -236,4 +237,4 @@ def _which_tokens(bad: np.ndarray) -> str:
         return "all tokens"
     if bad[wrong[0] :].all():
         return f"only tokens >= {wrong[0]}"
-    return f"{len(wrong)} of {len(bad)} tokens, first {wrong[0]}"
+    return f"{len(wrong)} of {counted(len(bad), 'token')}, first {wrong[0]}"

@@ -171,7 +171,7 @@ def test_junit_fails_what_diverged_and_errs_on_what_was_not_compared(broken):
         "check-parity.layer 20.q": ("error", "the candidate has no such tap"),
         "check-parity.free run": ("failure", "max |difference of logits| 2.500e+00, bound 2.000e-04"),
         "check-parity.expert flips": ("failure", "not explained: 1 of 2 expert flips, routing replayed"),
-        "check-parity.precision": ("failure", "more than 3 times as far from float32 as the reference: 1 taps"),
+        "check-parity.precision": ("failure", "more than 3 times as far from float32 as the reference: 1 tap"),
         "check-parity.diagnosis": ("system-out", None),
         "check-parity.complete": ("error", "one reason"),
     }
@@ -296,7 +296,7 @@ def test_a_port_less_precise_than_the_reference_is_named(healthy, ratio, says):
     tap.port_over_reference = ratio
     text = Page(page.render(healthy)).text
     what = (
-        "more than 3 times as far from float32 as the reference: 1 taps"
+        "more than 3 times as far from float32 as the reference: 1 tap"
         if ratio > 3
         else (f"layer 3 q is {ratio:g} times as far from float32 as the reference in the same dtype")
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oss_model.taps import LAYER_TAPS, MODEL_TAPS
+from oss_model.terminal import counted
 from parity import equations as eq
 from parity import metrics
 from parity.gradients import compare_gradients
@@ -248,7 +249,7 @@ class RunDiagnosis:
             return "tokens past the window" if first == e.window else f"tokens from {first} on"
         if calls is not None and calls[row].max() > 0 and len(set(calls[row][bad])) == 1:
             return f"tokens of call {calls[row][first]} alone"
-        return f"{int(bad.sum())} of {len(bad)} tokens, the first {first}"
+        return f"{int(bad.sum())} of {counted(len(bad), 'token')}, the first {first}"
 
     def _find(
         self, result: FormResult, place: Place, says: str | None = None, name: str | None = None, fix: str | None = None,

@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from oss_model.terminal import counted
 from parity import configs
 from parity.design import ROUNDED
 from parity.metrics import PRECISION_FAIL
@@ -98,7 +99,7 @@ def _loading(report: Report) -> Iterator[Section]:
     if report.righted:
         unexpected = any(weight.note for weight in report.weights)
         done = "put right  " if unexpected else "SRC's values given to "
-        table.append(f"{done}{len(report.righted)} parameters of the loaded model: the code is judged behind them")
+        table.append(f"{done}{counted(len(report.righted), 'parameter')} of the loaded model: the code is judged behind them")
     headline = f"all {report.loaded} loaded parameters are the stored bytes"
     if wrong:
         headline = f"{len(wrong)} of {report.loaded} loaded parameters are not what is stored"
@@ -127,7 +128,7 @@ def _precision(report: Report) -> Iterator[Section]:
     ratio = f"{worst.port_over_reference:.3g}"
     times = f"{worst.place} is {ratio} times as far from float32 as the reference in the same dtype"
     if over:
-        times = f"more than {PRECISION_FAIL:g} times as far from float32 as the reference: {len(over)} taps"
+        times = f"more than {PRECISION_FAIL:g} times as far from float32 as the reference: {counted(len(over), 'tap')}"
     lines = [f"{tap.place}: {tap.port_over_reference:.2f}" for tap in over or [worst]]
     yield Section("precision", report.precision, times, lines, [table])
 
@@ -215,7 +216,7 @@ def _forms(report: Report) -> Iterator[Section]:
             of_logits = [one.worst or 0.0 for one in right if "generate" not in one.form and "remat" not in one.form]
             worst = max(of_logits, default=0.0)
             said = f"worst {worst:.1e}" if dtype == "float32" else f"at most {worst:.2f} times the reference's error"
-            names = ", ".join(one.form for one in right)
+            names = "; ".join(one.form for one in right)  # some have a comma inside
             table.append(f"forms     {f'{dtype}, on the {on}':<26} {said}   ok x{len(right)}   {names}")
     for one in (*wrong, *missing):
         worst = "" if one.worst is None else f"{one.worst:.1e}   "
@@ -224,7 +225,7 @@ def _forms(report: Report) -> Iterator[Section]:
     lines = [f"{one.form} in {one.dtype}: {one.note}" for one in (*wrong, *missing)]
     headline = f"all {len(forms)} runs are right"
     if wrong:
-        names = ", ".join(dict.fromkeys(one.form for one in wrong))
+        names = "; ".join(dict.fromkeys(one.form for one in wrong))
         headline = f"wrong as it is run: {names}"
     elif missing:
         headline = f"{len(missing)} of {len(forms)} were not compared"
@@ -258,7 +259,7 @@ def _diagnosis(report: Report) -> Iterator[Section]:
         if found["others"]:
             said.append(f"  as well as: {', '.join(other['name'] for other in found['others'])}")
         if found.get("forms"):
-            said.append(f"  as it is run ({', '.join(found['forms'])}): {found['pattern']}".removesuffix(": "))
+            said.append(f"  as it is run ({'; '.join(found['forms'])}): {found['pattern']}".removesuffix(": "))
     elif report.explained:
         pattern = f"; {report.pattern}" if report.pattern else ""
         why = f"none of the {report.tried} known mistakes of this place explains it"
@@ -281,7 +282,7 @@ def _others(report: Report) -> list[str]:
             said = one["fault"] or ", ".join(part for part in ("no known mistake explains it", one["pattern"]) if part)
             if one["follows"] is not None:
                 said = f"follows from {_place(one['follows'])}"
-            rest.setdefault((one["tap"], said, one["name"], ", ".join(one.get("forms", ()))), []).append(one["layer"])
+            rest.setdefault((one["tap"], said, one["name"], "; ".join(one.get("forms", ()))), []).append(one["layer"])
     lines = []
     for (tap, said, name, forms), layers in rest.items():
         inside = [str(layer) for layer in layers if layer is not None]
