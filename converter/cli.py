@@ -36,9 +36,9 @@ def _version(command: Callable) -> Callable:
 def _hub_options(command: Callable) -> Callable:
     """Of a command whose SRC may be a repository (`oss_model.hub`)."""
     for option in (
-        optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original."),
+        optgroup.option("--subfolder", metavar="DIR", help="A directory in the repository, such as original."),
         optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]"),
-        optgroup.group("Of a repository of the Hugging Face hub"),
+        optgroup.group("For a repository of the Hugging Face hub"),
     ):
         command = option(command)
     return command
@@ -47,11 +47,11 @@ def _hub_options(command: Callable) -> Callable:
 def _shared_options(command: Callable) -> Callable:
     for option in (
         _version,
-        optgroup.option("-v", "--verbose", is_flag=True, help="Say more about what was done."),
-        optgroup.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
-        optgroup.option("--json-file", metavar="F", type=click.Path(), help="Write it to F; -: on stdout."),
-        optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, at the end."),
-        optgroup.group("What is said"),
+        optgroup.option("-v", "--verbose", is_flag=True, help="Print more about what was done."),
+        optgroup.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary."),
+        optgroup.option("--json-file", metavar="F", type=click.Path(), help="Write that object to F; - is stdout."),
+        optgroup.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout at the end."),
+        optgroup.group("Output"),
     ):
         command = option(command)
     return command
@@ -66,35 +66,43 @@ def _shared_options(command: Callable) -> Callable:
     type=click.Choice(["orbax", "hf", "hf-bf16", "openai", "orbax-lora", "peft"]),
     default="orbax",
     show_default=True,
-    help="What is written: Orbax; Hugging Face's MXFP4, its bfloat16, or OpenAI's safetensors; LoRA updates, ours or PEFT's.",
+    help="Format to write: Orbax; safetensors as Hugging Face's MXFP4, its bfloat16 or OpenAI's; LoRA updates, ours or PEFT's.",
 )
 @optgroup.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "mxfp4"]),
-    help="How parameters are stored: in Orbax as bfloat16 if not said. mxfp4: the experts packed, the rest bfloat16.",
+    help="How parameters are stored; in Orbax bfloat16 by default. mxfp4 stores packed experts, and the rest as bfloat16.",
 )
 @optgroup.option(
     "--quantizer",
     type=click.Choice(["best", "ocp", "ceil"]),
-    help="How experts' values become MXFP4, which loses something; never without this. best: the smallest error.",
+    help="How experts' values become MXFP4, which loses something and is never done without this. best has the smallest error.",
 )
 @optgroup.option(
-    "--like", metavar="SRC", type=click.Path(), help="A packed checkpoint: what is the same there keeps its bytes."
+    "--like", metavar="SRC", type=click.Path(), help="A packed checkpoint; values that are the same there keep its bytes."
 )
 @optgroup.option("--merge", metavar="LORA", type=click.Path(), help="LoRA updates to add, ours or PEFT's.")
-@optgroup.option("--base", metavar="DIR", type=click.Path(), help="The model that LoRA updates are of (--to orbax-lora, peft).")
-@optgroup.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from there.")
+@optgroup.option(
+    "--base", metavar="DIR", type=click.Path(), help="The model that the LoRA updates belong to (--to orbax-lora, peft)."
+)
+@optgroup.option("--tokenizer", metavar="DIR", type=click.Path(), help="Take the tokenizer and the template from DIR.")
 @optgroup.option(
     "--ignore-config-key", metavar="NAME", multiple=True, help="A key of config.json to leave out; may be repeated."
 )
-@optgroup.option("--push", metavar="REPO", help="Upload it too, to the hub's OWNER/NAME, made private if there is none.")
-@optgroup.option("--card", metavar="F", type=click.Path(), help="check-parity's card, for the model card of --push.")
+@optgroup.option(
+    "--push", metavar="REPO", help="Also upload it to the hub's OWNER/NAME, which is made, private, if it does not exist."
+)
+@optgroup.option(
+    "--card", metavar="F", type=click.Path(), help="The card that check-parity wrote, for the model card of --push."
+)
 @optgroup.group("How it is written")
-@optgroup.option("--dry-run", is_flag=True, help="Print what it takes and the whole plan, a line a tensor; write nothing.")
+@optgroup.option(
+    "--dry-run", is_flag=True, help="Print what it takes and the whole plan, one line for each tensor; write nothing."
+)
 @optgroup.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @optgroup.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @optgroup.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
-@optgroup.option("--max-memory", metavar="SIZE", help="Resident memory at the most, all in, like 900M or 2G.")
+@optgroup.option("--max-memory", metavar="SIZE", help="The most resident memory to use, all in, like 900M or 2G.")
 @_hub_options
 @_shared_options
 def _convert_oss(
@@ -116,12 +124,13 @@ def _convert_oss(
     """Convert the gpt-oss checkpoint SRC to an Orbax checkpoint at DST, or back.
 
     SRC is a directory of safetensors (Hugging Face MXFP4, Hugging Face bfloat16 or OpenAI original) or an Orbax checkpoint,
-    ours or one that training saved: recognised by content. Or it is a repository of the Hugging Face hub, OWNER/NAME, which is
-    downloaded to the hub's cache. DST is a new or empty directory; it is written beside it, in
-    DST.partial, and takes its place when all of it is whole. Where DST is a mount point, or the directory above it cannot be
-    written, it is written inside DST, in convert-oss.partial, and moved up when it is whole, what completes it last. Run the
-    same command again to take up a conversion that was interrupted; where it is complete, and the source has not changed,
-    that says so and does nothing.
+    ours or one that training saved; its form is recognised by content. SRC may also be a repository of the Hugging Face hub,
+    OWNER/NAME, which is downloaded to the hub's cache.
+
+    DST is a new or empty directory. The result is written beside it, in DST.partial, and takes its place once all of it is
+    whole. Where DST is a mount point, or the directory above it cannot be written, the result is written inside DST, in
+    convert-oss.partial, and moved up once it is whole, with the files that complete it last. Run the same command again to
+    continue an interrupted conversion. If it is complete, and the source has not changed, the command says so and does nothing.
 
     \b
     Examples:
@@ -270,7 +279,7 @@ def _say(result, verbose: bool) -> None:
 def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbose) -> int:
     """Check every byte of the converted checkpoint DST against the hashes it carries.
 
-    Where SRC is given, it is decoded anew and compared as well. There is a line for each difference.
+    If SRC is given, it is decoded anew and compared as well. One line is printed for each difference.
 
     \b
     Example:
@@ -306,16 +315,16 @@ def _verify_oss(dst, src, revision, subfolder, as_json, json_file, quiet, verbos
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path())
 @_hub_options
-@optgroup.group("What is said")
+@optgroup.group("Output")
 @optgroup.option(
-    "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object there; -: on stdout."
+    "--json", "json_file", metavar="F", type=click.File("w", lazy=True), help="Write one JSON object to F; - is stdout."
 )
 @_version
 def _inspect_oss(path, revision, subfolder, json_file) -> int:
-    """What is PATH, and what can be done with it?
+    """Say what PATH is, and what can be done with it.
 
-    A directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved, or LoRA
-    updates, ours or PEFT's; or a repository of the Hugging Face hub, which is downloaded to the hub's cache.
+    PATH is a directory of safetensors in any layout that is read here, an Orbax checkpoint, ours or one that training saved,
+    or LoRA updates, ours or PEFT's; or a repository of the Hugging Face hub, which is downloaded to the hub's cache.
 
     \b
     Example:

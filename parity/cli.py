@@ -44,29 +44,29 @@ class _Command(click.Command):
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="bfloat16 adds the precision arm to --layers: the error in bfloat16 over PyTorch's own. Semantics are always float32.",
+    help="bfloat16 adds the precision arm to --layers: the bfloat16 error over PyTorch's own. Semantics are always in float32.",
 )
-@optgroup.option("--decode", is_flag=True, help="Also decode the prompt a token at a time on the key-value cache.")
+@optgroup.option("--decode", is_flag=True, help="Also decode the prompt one token at a time on the key-value cache.")
 @optgroup.option("--gradients", is_flag=True, help="Also compare every parameter's gradient; the model must fit in memory.")
 @optgroup.option(
     "--forms",
     type=click.Choice(["default", "all", "none"]),
-    help="Ways to run the whole model, each compared: jit, meshes, caches, generate, ... [default: default with --layers]",
+    help="Which ways to run the whole model are compared: jit, meshes, caches, generate, ... [default: default with --layers]",
 )
 @optgroup.option("--long", is_flag=True, help="Also run a row of 4,096 tokens through a small replica of the model.")
 @optgroup.option(
     "--expect-changed",
     multiple=True,
     metavar="REGEX",
-    help="Parameters that were trained, by whole name: listed, not failed; all others must be exact. May be repeated.",
+    help="Parameters that were trained, by whole name. They are listed, not failed; all others must be exact. May be repeated.",
 )
 @optgroup.option(
-    "--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only a chunk of each parameter."
+    "--read-with-orbax", is_flag=True, help="Read all of DST with plain Orbax, not only one chunk of each parameter."
 )
 @optgroup.option(
     "--self-test",
     is_flag=True,
-    help="Test the tool itself: put every known mistake into a right port, one at a time: a quarter of an hour.",
+    help="Test the tool itself: put every known mistake into a right port, one at a time. Takes a quarter of an hour.",
 )
 @optgroup.group("The prompt")
 @optgroup.option(
@@ -76,7 +76,7 @@ class _Command(click.Command):
     "--prompt-file",
     type=click.Path(path_type=Path),
     metavar="F",
-    help="Prompts: a JSON list of token ids, or of such lists; or text, where SRC has a tokenizer.json.",
+    help="Read prompts from F: a JSON list of token ids, or of such lists; or text, if SRC has a tokenizer.json.",
 )
 @optgroup.option(
     "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Seed of the random prompt."
@@ -84,23 +84,23 @@ class _Command(click.Command):
 @optgroup.group("With what, and where")
 @optgroup.option("--record", type=_DIRECTORY, metavar="F", help="Write what the reference says to F, a new directory.")
 @optgroup.option(
-    "--golden", type=_DIRECTORY, metavar="F", help="Compare DST with such a recording; needs no SRC and no PyTorch."
+    "--golden", type=_DIRECTORY, metavar="F", help="Compare DST with a recording by --record; needs no SRC and no PyTorch."
 )
 @optgroup.option(
     "--device",
     type=click.Choice(["cpu", "gpu", "tpu"]),
-    help="Where DST is computed; SRC stays on the CPU. [default: where JAX computes]",
+    help="Where to compute DST; SRC stays on the CPU. [default: where JAX computes]",
 )
 @optgroup.option(
-    "--max-memory", metavar="SIZE", help="Refuse, before the long part, what takes more resident memory than this."
+    "--max-memory", metavar="SIZE", help="Refuse, before the long part, a run that takes more resident memory than this."
 )
-@optgroup.group("Of a repository of the Hugging Face hub")
+@optgroup.group("For a repository of the Hugging Face hub")
 @optgroup.option("--revision", metavar="REV", help="A branch, tag or commit. [default: main]")
-@optgroup.option("--subfolder", metavar="DIR", help="A directory in it, such as original.")
+@optgroup.option("--subfolder", metavar="DIR", help="A directory in the repository, such as original.")
 @optgroup.group("Reports; - is standard output")
 @optgroup.option("--json", type=_FILE, metavar="F", help="Write all that was measured to F.")
-@optgroup.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, a test case a tap.")
-@optgroup.option("--card", type=_FILE, metavar="F", help="Write a verification card to F: Markdown, for a hub repository.")
+@optgroup.option("--junit", type=_FILE, metavar="F", help="Write JUnit XML to F, with one test case for each tap.")
+@optgroup.option("--card", type=_FILE, metavar="F", help="Write a verification card to F, in Markdown, for a hub repository.")
 @optgroup.option("--html", type=_FILE, metavar="F", help="Write a page to F that a browser opens from disk.")
 @click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 @click.pass_context
@@ -117,13 +117,13 @@ def main(
 ) -> int:
     """Prove that DST, an Orbax checkpoint made by convert-oss, is the model in SRC.
 
-    SRC is the safetensors directory DST was made from, or a repository of the Hugging Face hub, OWNER/NAME. DST may be
-    safetensors too, as our model reads them; of two Orbax checkpoints the bytes alone are compared. The reference is
-    PyTorch: transformers reads SRC, decodes it and computes it, in float32. Every weight is compared bit by bit, and the
-    whole model's logits; with --layers, every component of every layer.
+    SRC is the directory of safetensors that DST was made from, or a repository of the Hugging Face hub, OWNER/NAME. DST may
+    be safetensors too, which our model then reads; of two Orbax checkpoints only the bytes are compared. The reference is
+    PyTorch: transformers reads SRC, decodes it and computes it, in float32. Every weight is compared bit by bit, and so are
+    the whole model's logits; with --layers, every component of every layer is compared as well.
 
     With DST alone, SRC is where DST says it came from. With neither, a small checkpoint is made, converted and
-    compared: the whole tool, on any machine.
+    compared, which runs the whole tool on any machine.
 
     \b
     Examples:
@@ -288,9 +288,9 @@ def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | N
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
 def _report_diff(before: Path, after: Path, as_json: bool) -> int:
-    """What changed from one report of check-parity --json to another: before and after a change of a kernel, say.
+    """Say what changed between two reports of check-parity --json, from before and after a change of a kernel, say.
 
-    Told are other verdicts, weights that differ in one alone, and figures that are twice or half of what they were.
+    It lists verdicts that changed, weights that differ in one alone, and figures that are twice or half of what they were.
 
     \b
     Example:
