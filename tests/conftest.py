@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import gc
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -46,10 +47,15 @@ for library in ("OPENBLAS", "OMP", "MKL"):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    """Compiled ones are forgotten when there are many: each takes maps of memory, of which Linux gives a process 65,530."""
+    """Compiled ones are forgotten when there are many: each takes maps of memory, of which Linux gives a process 65,530.
+
+    And the process keeps its limits: XLA aborts, files later, where a test that bounds memory has left the bound.
+    """
+    limits = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)]
     yield
+    assert [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)] == limits
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
         jax.clear_caches()
         gc.collect()
 

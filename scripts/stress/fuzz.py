@@ -9,6 +9,7 @@ accepted must be what was there before the damage, or what the safetensors libra
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -280,10 +281,15 @@ def outcome(target: Target, right: Any) -> str:
     return found
 
 
-def bound_memory() -> None:
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[None]:
     """What would take all of it is seen to be LARGE, and takes nothing from others on the machine."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * BYTES, resource.RLIM_INFINITY))
+    pages, before = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def is_wrong(found: str) -> bool:
@@ -311,16 +317,14 @@ def main(argv: list[str] | None = None) -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
         found = targets(Path(scratch))
-        bound_memory()
-        for name, target in found.items():
-            if given.only and name not in given.only:
-                continue
-            start, counts = time.process_time(), Counter()
-            rng = random.Random(f"{given.seed} {name}")
-            while (left := given.inputs - counts.total()) > 0 or time.process_time() - start < given.minutes * 60:
-                counts += tried(name, target, min(200, left) if left > 0 else 200, rng, given.keep)
-            wrong += sum(count for how, count in counts.items() if is_wrong(how))
-            print(row(name, counts, time.process_time() - start), flush=True)
+        with bounded_memory():
+            for name in given.only or found:
+                start, counts = time.process_time(), Counter()
+                rng = random.Random(f"{given.seed} {name}")
+                while (left := given.inputs - counts.total()) > 0 or time.process_time() - start < given.minutes * 60:
+                    counts += tried(name, found[name], min(200, left) if left > 0 else 200, rng, given.keep)
+                wrong += sum(count for how, count in counts.items() if is_wrong(how))
+                print(row(name, counts, time.process_time() - start), flush=True)
     print(f"{wrong} ended wrongly" + (f": see {given.keep}" if wrong else ""))
     return int(wrong > 0)
 

@@ -48,7 +48,6 @@ def explore(given: Any, scratch: Path) -> NoReturn:
     with atheris.instrument_imports(include=OURS):  # what functions import, too
         target = fuzz.targets(scratch / "targets")[name]
         right = target.use()
-    fuzz.bound_memory()
     whole, counts, start = target.file.read_bytes(), Counter(), time.process_time()
     length = 8 + int.from_bytes(whole[:8], "little") if target.header else len(whole)
     fed, after = whole[:length], whole[length:]  # of safetensors the header alone
@@ -77,7 +76,8 @@ def explore(given: Any, scratch: Path) -> NoReturn:
 
     options = [f"-seed={given.seed + 1}", f"-max_len={4 * len(fed) + 1000}", "-rss_limit_mb=0", "-timeout=600"]
     atheris.Setup([sys.argv[0], *options, str(scratch / "corpus")], one, custom_mutator=damaged)
-    atheris.Fuzz()
+    with fuzz.bounded_memory():
+        atheris.Fuzz()
     raise AssertionError("libFuzzer ends the process")
 
 
