@@ -43,6 +43,7 @@ def test_a_copy_is_verified_with_and_without_its_source(copy, sources):
     assert found.differences == [f"{copy}: config.json: differs from {sources['openai'] / 'config.json'}"]
 
 
+@pytest.mark.long
 def test_a_flipped_bit_in_any_file_is_found_and_named(copy):
     files = sorted(path for path in copy.rglob("*") if path.is_file())
     assert len(files) > 168 + 88

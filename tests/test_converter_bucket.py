@@ -148,6 +148,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_the_rerun_ends_right(gcs, small, small_whole, moment, when):

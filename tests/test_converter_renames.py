@@ -250,6 +250,7 @@ def test_where_the_destination_cannot_be_renamed_the_work_is_done_inside(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_killed_at_any_rename_at_a_mount_point(

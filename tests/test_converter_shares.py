@@ -75,6 +75,7 @@ def test_ctrl_c_finishes_what_is_under_way_and_says_how_to_go_on(hf, whole, tmp_
     assert contents(out) == whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_one_checkpoint_and_one_of_them_dies(hf, whole, tmp_path, begin, count):
     out = tmp_path / "out"

@@ -47,6 +47,7 @@ def same(directory, model) -> None:
         np.testing.assert_array_equal(found[name], value, name)
 
 
+@pytest.mark.long
 def test_what_plain_orbax_saved_is_exported(trained, checkpoints, tmp_path):
     """One file a process, compressed: as `StandardCheckpointer` does. config.json is put beside it."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -61,6 +62,7 @@ def test_what_plain_orbax_saved_is_exported(trained, checkpoints, tmp_path):
     assert convert(tmp_path / "model", tmp_path / "out", to="hf-bf16").status == "already-complete"
 
 
+@pytest.mark.long
 def test_the_last_step_beside_an_optimizers_state(trained, checkpoints, tmp_path):
     """Adam's moments have the model's own names; the configuration is that of the checkpoint it began with."""
     params = nnx.state(trained, nnx.Param)
@@ -128,6 +130,7 @@ def close(found: np.ndarray, wanted: np.ndarray, name: str) -> None:
     assert (found != wanted).mean() < 1e-3, name
 
 
+@pytest.mark.long
 def test_updates_of_attention_leave_packed_experts_alone(checkpoints, sources, cfg, tmp_path):
     model = adapted(checkpoints["mxfp4"], cfg, ATTENTION)
     save_lora(model, tmp_path / "lora", [ATTENTION])
@@ -146,6 +149,7 @@ def test_updates_of_attention_leave_packed_experts_alone(checkpoints, sources, c
             close(ours[name], value, name)
 
 
+@pytest.mark.long
 def test_updates_of_experts_are_added_to_values_and_packed_again(checkpoints, sources, cfg, tmp_path, capsys):
     rules = [r"layers\.1\.mlp\.(gate_up|down)", r"layers\.3\.mlp\.(down|router)", r"lm_head"]
     model = adapted(checkpoints["mxfp4"], cfg, rules)
@@ -215,6 +219,7 @@ def theirs(sources, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_an_adapter_of_pefts_is_ours_and_back(theirs, sources, checkpoints, cfg, tmp_path, prompt):
     """Logits in transformers with peft, and here, by what is loaded, by what is merged, and by what is written back."""
     wanted = peft_logits(sources["hf-bf16"], theirs, prompt)
@@ -314,6 +319,7 @@ def test_an_update_is_merged_or_the_command_refuses(checkpoints, cfg, tmp_path, 
 # --- training for MXFP4 -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rules", [None, r"layers\.\d+\.mlp\.(gate_up|down)"])
 def test_what_is_served_is_what_was_trained(checkpoints, cfg, tmp_path, rules):
     """Logits of the model as trained, with the exporter's rule in its experts, and of its export: equal."""

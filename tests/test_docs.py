@@ -34,7 +34,7 @@ NOT_RUN = {
 }
 # What is run, but not by this: where, and what stands there.
 ELSEWHERE = {
-    "./scripts/test": (".ci/run", "./scripts/test"),
+    "./scripts/test": (".ci/run", "./scripts/test --all"),
     "./scripts/demo": ("scripts/wheel", "check-parity --layers"),  # its commands, from the wheel
     "check-parity --layers": ("scripts/wheel", "check-parity --layers"),
     "./scripts/readers": (".ci/run", "./scripts/readers"),
@@ -161,6 +161,7 @@ def masked(text: str, home: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", pages())
 def test_what_is_typed_and_pasted_runs(page, at_home, monkeypatch, capfd):
     """All of a page in one session, in its order, as a reader has it."""

@@ -79,6 +79,7 @@ def test_updates(said, checkpoints, sources, cfg, tmp_path):
     check("Of LoRA updates", said(cli.main, *arguments))
 
 
+@pytest.mark.long
 def test_a_report(small, small_out, tmp_path, monkeypatch):
     """Of real comparisons with something wrong: in a configuration, and in code."""
     wrong = shutil.copytree(small_out, tmp_path / "wrong")

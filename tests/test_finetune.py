@@ -83,6 +83,7 @@ def differing(source: Path, model: Path, tmp_path: Path) -> set[str]:
     return {tensor["name"] for tensor in json.loads(report.read_text())["weights"]["differing"]}
 
 
+@pytest.mark.long
 def test_full_fine_tuning_on_a_mesh_changes_what_was_asked_for(source, text, tmp_path):
     output = finetune(
         source, text, tmp_path / "run", "--steps", "20", "--train", r"layers\.\d\.attn\.q_proj\..*|lm_head.weight",
@@ -95,6 +96,7 @@ def test_full_fine_tuning_on_a_mesh_changes_what_was_asked_for(source, text, tmp
     assert json.loads((tmp_path / "run/model/trained.json").read_text()) == {"base": str((tmp_path / "run/base").resolve())}
 
 
+@pytest.mark.long
 def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path, start):
     """To the same values, bit for bit, as a run that nobody killed."""
     options = ["--steps", "24", "--save-every", "4", "--lora", ATTENTION]
@@ -124,6 +126,7 @@ def test_lora_over_packed_experts_goes_on_after_a_kill(source, text, tmp_path, s
     assert differing(source, tmp_path / "whole/model", tmp_path) == names
 
 
+@pytest.mark.long
 def test_more_steps_go_on_and_updates_of_experts_stay_apart(source, text, tmp_path):
     rules = [r".*attn\.(q|o)_proj", r".*mlp\.(gate_up|down)"]
     options = [word for rule in rules for word in ("--lora", rule)]
@@ -230,6 +233,7 @@ def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path, start):
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 def test_speed_is_measured_after_compiling(source, text, tmp_path):
     output = finetune(source, text, tmp_path / "run", "--steps", "3", "--lora", ATTENTION)
     first, last = [line for line in output.splitlines() if line.startswith("step ")]
@@ -261,6 +265,7 @@ CHATS = [
 PROJECTIONS = {f"layers.{n}.attn.{part}_proj.{kind}" for n in range(2) for part in "qkvo" for kind in ("weight", "bias")}
 
 
+@pytest.mark.long
 def test_chats_with_held_out_loss_go_on_bit_for_bit_and_the_best_is_kept(chats, tmp_path):
     source, file, others = chats
     options = [*CHATS, "--eval", str(others), "--steps", "12", "--learning-rate", "3e-2", "--best", "--weight-decay", "0.01"]
@@ -309,6 +314,7 @@ def timeless(run: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in log(run)]
 
 
+@pytest.mark.long
 def test_two_processes_do_what_one_does_and_go_on_bit_for_bit(chats, tmp_path, start):
     source, file, others = chats
     options = [*CHATS, "--batch", "16", "--eval", str(others), "--mesh", "fsdp=8", "--schedule", "constant"]
@@ -360,6 +366,7 @@ def test_runs_of_before_go_on_as_they_were(tmp_path):
     assert "expected warmup 10 as when it began, found 2" in fault
 
 
+@pytest.mark.long
 def test_two_processes_save_updates_of_experts(chats, tmp_path, start):
     source, file, _ = chats
     rules = ["--lora", r".*q_proj", "--lora", r".*mlp\.(gate_up|down)"]

@@ -19,6 +19,7 @@ sys.modules["fuzz"] = fuzz
 SPEC.loader.exec_module(fuzz)
 
 
+@pytest.mark.long
 def test_nothing_hostile_ends_in_a_traceback(tmp_path):
     (tmp_path / "keep").mkdir()
     (tmp_path / "work").mkdir()

@@ -61,6 +61,7 @@ def test_blocks_are_the_dense_form(window, padding, cached):
         assert np.abs(one - other).max() < 2e-6 * np.abs(one).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [None, 11])
 def test_in_bfloat16_blocks_are_as_near_to_float32_as_the_dense_form(window):
     queries, keys = (jnp.asarray(at, jnp.int32) for at in places(64, 0, ""))
@@ -108,6 +109,7 @@ def model(checkpoints, cfg) -> Transformer:
     return create_model_from_checkpoint(checkpoints["bfloat16"], cfg)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", [0, 8])
 def test_packed_documents_are_as_if_each_were_alone(checkpoints, cfg, block):
     model = create_model_from_checkpoint(checkpoints["bfloat16"], dataclasses.replace(cfg, attention_block=block))

@@ -287,6 +287,7 @@ assert main([peft, "gs://bucket/out", "--to", "orbax-lora", "--base", small]) ==
 """
 
 
+@pytest.mark.long
 def test_updates_are_read_there_and_the_model_they_are_of(gcs, small, cfg, tmp_path):
     """In a process of its own: tensorstore reads its environment once."""
     model = create_model_from_checkpoint(small, cfg)
@@ -340,6 +341,7 @@ sys.exit(main([small, "gs://bucket/out"]))
 """
 
 
+@pytest.mark.long
 def test_plain_orbax_and_parity_read_it(gcs, small, small_out, tmp_path):
     """In a process of its own: tensorstore and gcsfs read their environment once."""
     convert(small, "gs://bucket/out", "float32")

@@ -120,6 +120,7 @@ def test_a_piece_longer_than_the_cache_is_refused(model, cfg, prompt):
         assert caught.value.faults == [fault]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", [step, eagerly], ids=["jit", "eager"])
 def test_what_a_cache_has_no_place_for_is_nan_and_not_stored(run, model, cfg, prompt, want):
     """Full at 20: from there on every query gives NaN, in its row alone, and position 0 stays where it is."""

@@ -39,6 +39,7 @@ def rows(kind: str) -> Tokens:
     return Tokens(at, segments, in_order(at, segments))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axes", [{"context": 8}, {"context": 4, "tensor": 2}, {"context": 2, "tensor": 4}], ids=name_of)
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
@@ -94,6 +95,7 @@ def alone(even_cfg, even_checkpoints, batch):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "axes"),
     [*(("float32", axes) for axes in MESHES), ("mxfp4", MESHES[1])],

@@ -53,6 +53,7 @@ def jitted(block) -> dict[int, dict]:
     return {tokens: dict(nnx.to_flat_state(gradient(block, stream(tokens)))) for tokens in (FEW, MANY)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("wrt", "tokens"), [*((wrt, MANY) for wrt in WRT), ("down.weight", FEW)])
 def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
     eager = nnx.grad(squares, argnums=nnx.DiffState(0, WRT[wrt]))(block, stream(tokens))
@@ -127,6 +128,7 @@ def test_on_a_cpu_few_pairs_go_alone_where_experts_are_cheap_to_copy(cfg):
     assert path(2, jnp.float32, values) == path(3, jnp.bfloat16, values) == "grouped"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("held", [9, 4])
 @pytest.mark.parametrize("bias", [0, 30])

@@ -23,6 +23,7 @@ def greedy(model):
     return generate(model, PROMPTS, 14)
 
 
+@pytest.mark.long
 def test_greedy_is_what_transformers_generates(sources, greedy):
     """Its own decoder, attention mask and cache, on the same MXFP4 checkpoint, padded on the left."""
     import torch
@@ -58,6 +59,7 @@ def test_a_row_ends_with_the_first_of_the_eos_tokens(model, greedy):
     assert len(cut[0]) <= 5
 
 
+@pytest.mark.long
 def test_sampling_is_reproducible_and_one_candidate_is_greedy(model, greedy):
     first, again, other = (generate(model, PROMPTS, 8, temperature=1.5, key=jax.random.key(seed)) for seed in (0, 0, 1))
     assert first == again != other
@@ -118,6 +120,7 @@ def test_more_positions_than_the_model_was_made_for_are_refused(model):
     assert not _faults(model, [[1], [1] * 32762], 6, 0, None, None, None)
 
 
+@pytest.mark.long
 def test_few_compilations_serve_prompts_of_any_length(model, monkeypatch):
     """Of 1 to 4,096 tokens, with any number of new ones: what is compiled for is rounded up to these, 8 together."""
     assert len({_up(length, generation.PROMPTS) for length in range(1, 4097)}) == 4
@@ -133,6 +136,7 @@ def test_few_compilations_serve_prompts_of_any_length(model, monkeypatch):
     assert seen == {16, 64}
 
 
+@pytest.mark.long
 def test_prompts_may_be_an_array(model, greedy):
     rows = [[3, 4, 5], [6, 7, 8]]
     assert generate(model, jnp.asarray(rows), 4) == generate(model, np.asarray(rows), 4) == generate(model, rows, 4)

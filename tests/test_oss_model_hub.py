@@ -73,6 +73,7 @@ def only_line(result: subprocess.CompletedProcess, code: int) -> str:
     return lines[0]
 
 
+@pytest.mark.long
 def test_a_repository_is_converted_and_noted(run, server, repository, tmp_path):
     result = run("convert-oss", REPOSITORY, tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -103,6 +104,7 @@ def test_another_directory_of_it_and_a_commit(run, server, tmp_path):
     assert noted["layout"] == "openai"
 
 
+@pytest.mark.long
 def test_parity_takes_the_commit_that_was_converted(run, server, tmp_path):
     """From the cache, and from the hub once more where that was emptied."""
     assert run("convert-oss", REPOSITORY, "out").returncode == 0
@@ -186,6 +188,7 @@ def test_a_token_is_used_and_written_nowhere(run, server, tmp_path):
 # --- the other way ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_export_is_pushed_with_a_card(run, server, small_out, tmp_path):
     form = ["convert-oss", small_out, "out", "--to", "hf", "--quantizer", "best"]
     assert run(*form).returncode == 0
@@ -336,6 +339,7 @@ def test_files_that_lie_elsewhere_are_not_downloaded(server, download, tmp_path)
     assert not outside(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [f"/api/models/{REPOSITORY}/tree/main?x", "/elsewhere"])
 def test_a_list_of_files_without_end_is_a_line(server, download, path):
     server.says = told("tree", Link=f'<{server.url}{path}>; rel="next"')

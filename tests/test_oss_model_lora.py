@@ -100,6 +100,7 @@ def test_gradients_reach_the_update_and_everything_that_is_not_packed(checkpoint
     assert [name for name, grad in flat.items() if not np.abs(grad).max() > 0] == []
 
 
+@pytest.mark.long
 def test_lora_trains_on_packed_experts_and_nothing_else_moves(checkpoints, cfg, tokens):
     import optax
 

@@ -30,6 +30,7 @@ def mean(model: Transformer, tokens, mask, chunk):
     return total / count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chunk", [1, 7, 39, 256])
 def test_it_is_the_plain_one(model, prompt, chunk):
     mask = jnp.asarray(np.random.default_rng(3).random(prompt.shape) < 0.4)
@@ -40,6 +41,7 @@ def test_it_is_the_plain_one(model, prompt, chunk):
         assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 1e-5 * np.abs(np.asarray(one)).max()
 
 
+@pytest.mark.long
 def test_documents_in_one_row_are_counted_as_if_alone(model, cfg):
     rng, lengths = np.random.default_rng(0), (9, 14)
     documents = [rng.integers(0, cfg.vocab_size, length) for length in lengths]
@@ -64,6 +66,7 @@ def test_logits_of_all_tokens_are_never_there(cfg):
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 50000 * 4 / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}], ids=str)
 def test_on_a_mesh_it_is_the_same_and_no_vocabulary_is_gathered(even_cfg, even_checkpoints, shape):
     """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never `lm_head` or its gradient."""

@@ -174,6 +174,7 @@ def test_split_merge_and_eval_shape(cfg):
     assert nnx.split(model)[0] == graphdef
 
 
+@pytest.mark.long
 def test_a_training_step_lowers_the_loss(cfg, prompt):
     import optax
 
@@ -250,6 +251,7 @@ def test_weights_of_the_chosen_experts_sum_to_one(cfg, tokens):
     np.testing.assert_allclose(weights, np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_remat_changes_what_is_kept_and_not_what_is_computed(even_checkpoints, even_cfg):
     tokens = jnp.arange(20, dtype=jnp.int32)[None]
 
@@ -277,6 +279,7 @@ def test_remat_changes_what_is_kept_and_not_what_is_computed(even_checkpoints, e
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.long
 def test_packed_experts_compute_what_their_values_do(checkpoints, prompt):
     """In bfloat16, the weights being the same bits: equal, and not only to noise."""
     a, b = (

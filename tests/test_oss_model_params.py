@@ -107,6 +107,7 @@ def moved(path, cfg, param_dtype: str | None) -> float:
     return sum(changed) / sum(value.size for value in before.values())
 
 
+@pytest.mark.long
 def test_float32_parameters_move_where_bfloat16_ones_do_not(even_checkpoints, even_cfg, tmp_path):
     """README's full fine-tuning. Embeddings of tokens that no row has are decayed alone: these need not move."""
     source = even_checkpoints["float32"].parent / "source"
@@ -162,6 +163,7 @@ def test_the_seeds_examples(checkpoints, tmp_path):
     assert ModelConfig.default(use_sharding=False).num_hidden_layers == 36
 
 
+@pytest.mark.long
 def test_a_plain_restore_leaves_numpy_which_computes_too(checkpoints):
     """Without shardings Orbax restores NumPy arrays. In a process of its own: here every array is checked to be JAX's."""
     code = """

@@ -42,6 +42,7 @@ def runs(checkpoint, tmp_path_factory) -> tuple[dict[str, list[dict]], Path]:
     return json.loads(run.stdout), out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", ["2", "4"])
 def test_each_process_reads_its_share(runs, count):
     """Embeddings, experts and attention alike: what is above is the metadata and the small parameters."""

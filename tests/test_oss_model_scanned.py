@@ -34,6 +34,7 @@ def gradients(model, tokens):
     return nnx.jit(nnx.value_and_grad(loss))(model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_logits_and_gradients_are_those_of_single_layers(four, prompt, remat):
     make = lambda: Transformer(dataclasses.replace(four, param_dtype="float32", remat=remat), rngs=nnx.Rngs(0))  # noqa: E731

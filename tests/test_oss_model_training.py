@@ -238,6 +238,7 @@ def taken(model: Transformer, batch: Batch, **how):
     return jax.tree.map(lambda a, b: np.asarray(a - b), params, after), found
 
 
+@pytest.mark.long
 def test_a_batch_in_parts_of_unequal_counts_is_the_batch(model, batch):
     whole, found = taken(model, batch)
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
@@ -295,6 +296,7 @@ def test_rates():
         schedule(1.0, 4, kind="step")
 
 
+@pytest.mark.long
 def test_matrices_decay_and_vectors_do_not(model):
     params = nnx.state(model, nnx.Param)
     descent = optimizer(1.0, weight_decay=0.1)
@@ -309,6 +311,7 @@ def test_matrices_decay_and_vectors_do_not(model):
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(plain))
 
 
+@pytest.mark.long
 def test_held_out_loss_is_of_every_token_once_however_it_is_batched(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Whatever the batch is, each token but the first is predicted once, and padding never counts." * 3)
@@ -353,6 +356,7 @@ def test_a_log_is_taken_back_to_the_step_that_goes_on(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
 
 
+@pytest.mark.long
 def test_the_best_step_is_kept_and_is_the_result(even_checkpoints, even_cfg, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The second of three looks is the best one, and not the last." * 2)

@@ -138,6 +138,7 @@ def _of_another_dtype(path: Path) -> None:
     file.write_text(file.read_text().replace("bfloat16", "float16"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lie", [_big_endian, _of_another_dtype, _left_out, _not_to_be_read])
 @pytest.mark.parametrize("whole", [False, True], ids=["a chunk each", "--read-with-orbax"])
 def test_lying_metadata_fails_in_parity(broken, sources, lie, whole):

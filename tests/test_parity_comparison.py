@@ -64,6 +64,7 @@ def test_every_layout_and_stored_dtype_passes(sources, checkpoints, layout, dtyp
     assert len(report.weights) == (98 if (dtype, layout) in {("mxfp4", "hf"), ("mxfp4", "openai")} else 88)
 
 
+@pytest.mark.long
 def test_another_seed_of_weights_and_prompt_passes(tmp_path, cfg):
     """Different sizes too: layers that do not come in pairs, a vocabulary and window of its own."""
     other = dataclasses.replace(cfg, num_hidden_layers=3, layer_types=(), vocab_size=301, sliding_window=7)
@@ -118,6 +119,7 @@ def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prom
         assert error < 2e-5, (n, name, error)  # noise of five layers, sums in another order
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "mxfp4"])
 def test_a_layer_at_a_time_is_bitwise_the_model_in_memory(monkeypatch, sources, checkpoints, dtype):
     """The same verdict and numbers, to the last bit, with every parameter of both sides in memory at once."""
@@ -134,6 +136,7 @@ def test_a_layer_at_a_time_is_bitwise_the_model_in_memory(monkeypatch, sources, 
     assert json.loads(whole.to_json()) == json.loads(apart.to_json())
 
 
+@pytest.mark.long
 def test_compiled_layers_and_every_expert_path_pass(sources, checkpoints):
     for options in (
         {"compiled": True},
@@ -198,6 +201,7 @@ def test_experts_no_token_reaches_are_fed_directly(tmp_path, cfg):
     assert run.report.taps[-1].verdict == "fail"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("apart", [0.0, 1e-7])
 def test_near_ties_of_the_router_and_what_follows_from_them_fail_nothing(tmp_path, cfg, apart):
     """In the first layer experts in pairs, whose router logits are the same, or apart by what sums are rounded by."""
@@ -259,6 +263,7 @@ def test_one_flipped_bit_is_named(sources, broken):
     assert wrong.note.startswith("one bit of one value differs, at [0, 0, 77]: ")
 
 
+@pytest.mark.long
 def test_a_lost_minus_zero_is_a_difference(sources, broken):
     def lose(value):
         value[value == 0] = 0.0

@@ -19,6 +19,7 @@ def rounded(x):
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) & TF32, jnp.float32)
 
 
+@pytest.mark.long
 def test_the_equations_on_the_device_are_those_of_numpy(checkpoints, sources, monkeypatch):
     """Every tap that has a gate of its own, and each to within the noise it is there to measure."""
     seen = {}

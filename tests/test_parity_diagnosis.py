@@ -310,6 +310,7 @@ def test_the_pattern_of_a_mistake_nobody_has_made_before(monkeypatch, sources, c
     assert json.loads(report.to_json())["pattern"] == report.pattern
 
 
+@pytest.mark.long
 def test_a_trial_that_breaks_is_shown_and_does_not_end_the_run(monkeypatch, tmp_path, sources, checkpoints):
     def broken(*args):
         raise RuntimeError("no such\nthing")
@@ -347,6 +348,7 @@ def test_mistakes_that_a_model_cannot_have_are_not_tried(tmp_path, k):
     assert (report.errors, report.diagnosis["name"]) == ([], "window-one-long")
 
 
+@pytest.mark.long
 def test_a_trained_parameter_does_not_hide_a_wrong_window(monkeypatch, tmp_path, sources, checkpoints):
     """Nothing explains the parameter, a row that the prompt does not use; the window is explained all the same."""
     unused = np.setdiff1d(np.arange(509), random_prompt(509, 28, 0).tokens)[0]
@@ -366,6 +368,7 @@ def test_a_trained_parameter_does_not_hide_a_wrong_window(monkeypatch, tmp_path,
     assert report.diagnosis["name"] == "window-one-long"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "dtype"), [("hf", "float32"), ("hf", "mxfp4"), ("openai", "bfloat16"), ("hf-bf16", "float32")]
 )
@@ -394,6 +397,7 @@ def test_wrong_wiring_that_no_single_component_shows_fails_the_free_run(monkeypa
     assert compare(sources["hf"], checkpoints["bfloat16"]).free_run["verdict"] == "fail"
 
 
+@pytest.mark.long
 def test_below_two_windows_a_wrong_window_does_not_show(sources, checkpoints):
     """Which is why a prompt that short cannot pass."""
     wrong = Faulty(checkpoints["bfloat16"], "window-one-long", 0, {})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -50,11 +51,14 @@ def test_the_page_is_that_of_the_catalogue():
     assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == names
 
 
+SMALL = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
+
+
 def self_test(tmp_path, only, **options):
-    small = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
-    return selftest.self_test(tmp_path, convert, cfg=small, seeds=1, depths=1, only=only, **options)
+    return selftest.self_test(tmp_path, convert, cfg=SMALL, seeds=1, depths=1, only=only, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("component", ["code", "model and checkpoint"])
 def test_every_mistake_is_found_located_and_named(tmp_path, monkeypatch, component):
     """At one layer and seed; `check-parity --self-test` goes on to more of both."""
@@ -106,17 +110,16 @@ def test_a_mistake_found_elsewhere_fails_the_self_test(tmp_path, monkeypatch, on
     assert "MISLOCATED sinks-zeroed, layer 0, seed 0" in result.table()
 
 
+@pytest.mark.long
 def test_a_name_that_is_not_what_was_made_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
     right = selftest._run
     monkeypatch.setattr(selftest, "_run", lambda *given: right(*given)._replace(false=["padding-seen"]))
-    small = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
-    result = selftest.self_test(
-        tmp_path, convert, cfg=small, seeds=1, depths=1, only=only("sinks-zeroed"), running=["generate-ignores-eos"]
-    )
+    result = self_test(tmp_path, only("sinks-zeroed"), running=["generate-ignores-eos"])
     assert (result.exit_code, [one.named for one in result.running]) == (4, [True])
     assert "FALSE      generate-ignores-eos, generate, eos, seed 0" in result.table()
 
 
+@pytest.mark.long
 def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
     monkeypatch.setattr(metrics, "TIMES", 1e-6)
     result = self_test(tmp_path, only("norm-eps", "q-bias-missing"))
@@ -124,12 +127,14 @@ def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
     assert len(result.alarms) == 2
 
 
+@pytest.mark.long
 def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(faults, "CATALOGUE", {name: faults.CATALOGUE[name] for name in ("sinks-zeroed",)})
     monkeypatch.setattr(selftest, "CATALOGUE", faults.CATALOGUE)
-    monkeypatch.setattr(running, "RUNNING", {"ragged-wrong": running.RUNNING["ragged-wrong"]})
+    monkeypatch.setattr(running, "RUNNING", {"generate-ignores-eos": running.RUNNING["generate-ignores-eos"]})
     monkeypatch.setattr(running, "EQUIVALENT_RUNS", {})
     monkeypatch.setattr(selftest, "_layers", lambda *_: [0])
+    monkeypatch.setattr(selftest, "ModelConfig", types.SimpleNamespace(tiny=lambda: SMALL, from_json=ModelConfig.from_json))
     run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
     said = json.loads((tmp_path / "out.json").read_text())
     assert [(one["seed"], one["found"], one["named"], one["false"]) for one in said["running"]] == [
@@ -195,6 +200,7 @@ def test_an_eps_of_1e_6_is_half_its_difference_over_the_mean_square(cfg):
         assert (error < metrics.TIMES * metrics.FLOOR) == (mean_square > 2.25)
 
 
+@pytest.mark.long
 def test_injected_mistakes_stay_in_their_layer(checkpoints, prompt):
     """Else the self-test would test less than it says."""
     right, wrong = Candidate(checkpoints["bfloat16"]), Faulty(checkpoints["bfloat16"], "sinks-zeroed", 2)
@@ -204,6 +210,7 @@ def test_injected_mistakes_stay_in_their_layer(checkpoints, prompt):
         assert same == (n != 2)
 
 
+@pytest.mark.long
 def test_progress_counts_to_what_it_said_at_first(tmp_path, monkeypatch, one_healthy_run):
     seen = []
     monkeypatch.setattr(selftest, "_run", lambda name, *_: name)

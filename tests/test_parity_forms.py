@@ -75,6 +75,7 @@ def run(subject, reference, names, dtypes=("float32",), candidate=None) -> Repor
     return report
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(forms.table(types.SimpleNamespace(num_experts=9)).keys() - {forms.LONG_FORM}))
 def test_a_right_model_is_right_however_it_is_run(name, subject, reference):
     report = run(subject, reference, [name])
@@ -84,6 +85,7 @@ def test_a_right_model_is_right_however_it_is_run(name, subject, reference):
     assert report.first_divergence is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOME)
 def test_what_only_a_way_of_running_shows_is_found_located_and_named(name, subject, reference, candidate):
     mistake = RUNNING[name]
@@ -105,6 +107,7 @@ def test_what_only_a_way_of_running_shows_is_found_located_and_named(name, subje
     assert f"as it is run ({form.form})" in said
 
 
+@pytest.mark.long
 def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, reference):
     with RUNNING["rows-see-the-first"].injected():
         report = run(subject, reference, ["jit", "eager"])
@@ -113,6 +116,7 @@ def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, ref
     assert report.findings[0]["residual_after"] < 2e-6
 
 
+@pytest.mark.long
 def test_what_follows_from_a_tap_is_said_to_and_what_was_lost_in_loading_too(sources, checkpoints):
     with RUNNING["sinks-lost-in-loading"].injected():
         report = compare(sources["hf"], checkpoints["bfloat16"], forms=("jit", "generate"))  # type: ignore[arg-type]
@@ -133,6 +137,7 @@ def test_a_form_that_is_wrong_elsewhere_does_not_follow(subject, reference):
     assert [(one["name"], one["follows"]) for one in report.findings] == [("rows-see-the-first", None)]
 
 
+@pytest.mark.long
 def test_what_nobody_knows_is_located_and_not_named(subject, reference, monkeypatch):
     """Every form is wrong by the same factor: of rows, and of a head alone."""
     right = attention.sink_attention
@@ -175,6 +180,7 @@ def test_a_form_that_is_wrong_in_bfloat16_alone_is_said_to_be(subject, reference
     assert [(one["name"], one["pattern"]) for one in report.findings] == [(None, "in bfloat16 alone, right in float32")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name, one in EQUIVALENT_RUNS.items() for form in one.forms])
 def test_what_is_called_equivalent_passes(name, form, subject, reference):
     mistake = EQUIVALENT_RUNS[name]
@@ -272,6 +278,7 @@ def test_a_form_that_cannot_be_run_is_incomplete(subject, reference, monkeypatch
     assert report.incomplete == ["forms: jit in float32 was not compared: RuntimeError: no such device"]
 
 
+@pytest.mark.long
 def test_a_replica_keeps_what_is_no_size(sources, subject, reference, tmp_path):
     cfg = replica(subject.cfg, reference)
     same = ("swiglu_alpha", "swiglu_limit", "rms_norm_eps", "rope_theta", "rope_factor", "rope_beta_fast", "head_dim",
@@ -290,6 +297,7 @@ def test_a_replica_keeps_what_is_no_size(sources, subject, reference, tmp_path):
     assert len(report.forms) == 10
 
 
+@pytest.mark.long
 def test_a_recording_answers_for_the_forms_it_was_made_with(sources, checkpoints, subject, reference, tmp_path):
     recorder = Recorder(reference, tmp_path / "recording", random_prompt(509, 24, 0), {"dtype": "float32", "layers": False})
     run(subject, recorder, ["jit", "generate"])
@@ -346,6 +354,7 @@ def _rotated_less(right):
     return lambda self, positions: right(self, jnp.minimum(positions, 1000))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [False, True])
 def test_a_long_row_shows_what_goes_wrong_past_a_thousand_tokens(checkpoints, sources, monkeypatch, fault):
     monkeypatch.setattr(forms_arm, "LONG", 1100)

@@ -14,6 +14,7 @@ from oss_model.layouts import parameter_name
 from parity import memory
 
 
+@pytest.mark.long
 def test_max_memory_is_refused_with_the_least_that_works_and_kept_at_it(sources, checkpoints):
     """In processes of their own, since a peak is a process's."""
     command = [

@@ -34,6 +34,7 @@ def test_precision_in_bfloat16_is_the_references_own(sources, checkpoints):
     assert report.free_run["bfloat16"]["kl_mean"] < 3 * report.free_run["reference_bfloat16"]["kl_mean"]
 
 
+@pytest.mark.long
 def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpoints):
     """Softmax weights cut to five bits: right in float32, and far noisier than the reference in bfloat16."""
 
@@ -51,6 +52,7 @@ def test_careless_rounding_fails_the_precision_arm(monkeypatch, sources, checkpo
     assert (report.precision, report.verdict) == ("fail", "fail")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("owner", "name", "make", "tap"),
     [
@@ -79,12 +81,14 @@ def _rounded_angles(right, self, positions):
     return cos, sin
 
 
+@pytest.mark.long
 def test_decoding_equals_the_whole_prompt(sources, checkpoints):
     report = compare(sources["hf"], checkpoints["bfloat16"], layers=False, decode=True)
     assert report.verdict == "pass"
     assert [tap.layer for tap in report.taps if tap.tap == "decode"] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_a_cache_that_forgets_one_key_too_early_is_found(monkeypatch, sources, checkpoints):
     monkeypatch.setattr(candidate_module, "init_cache", lambda cfg, *rest: cache.init_cache(
         dataclasses.replace(cfg, sliding_window=9), *rest))  # fmt: skip
@@ -94,6 +98,7 @@ def test_a_cache_that_forgets_one_key_too_early_is_found(monkeypatch, sources, c
     assert [tap.layer for tap in report.taps if tap.verdict == "fail"] == [0, 2, 4]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "mxfp4"])
 def test_gradients_of_every_parameter(sources, checkpoints, dtype):
     report = compare(sources["hf"], checkpoints[dtype], layers=False, gradients=True)
@@ -112,6 +117,7 @@ def test_gradients_of_a_router_that_chooses_one_expert_are_zero(tmp_path, cfg):
     assert router == [0.0, 0.0]
 
 
+@pytest.mark.long
 def test_a_gradient_that_does_not_flow_is_found_in_its_layer(monkeypatch, sources, checkpoints):
     """Right forward, wrong backward: in layer 2 nothing flows through the router, and what lies before it gets too little."""
     traced = 0
@@ -151,6 +157,7 @@ def without_sinks(*arguments):
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("owner", "name", "wrong", "place"),
     [

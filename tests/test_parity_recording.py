@@ -26,6 +26,7 @@ def recorded(tmp_path_factory, sources, checkpoints):
     return directory, compare(sources["hf"], checkpoints["mxfp4"], record=directory, forms="default")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "mxfp4"])
 def test_a_recording_gives_the_same_verdict_and_numbers(recorded, checkpoints, dtype):
     directory, live = recorded
@@ -86,6 +87,7 @@ def without_torch(code: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", WITHOUT_TORCH + code, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_it_runs_where_there_is_no_torch(recorded, checkpoints):
     code = "from parity.cli import main\nmain()"
     run = without_torch(code, checkpoints["mxfp4"], "--golden", recorded[0], "--layers")
@@ -93,6 +95,7 @@ def test_it_runs_where_there_is_no_torch(recorded, checkpoints):
     assert run.stdout.splitlines()[-1].startswith("PASS")
 
 
+@pytest.mark.long
 def test_mistakes_are_named_where_there_is_no_torch(recorded, checkpoints):
     """Those of the code from what the port's own right parameters give, values or packed."""
     code = """
@@ -128,6 +131,7 @@ def test_what_a_recording_is_not_for(tmp_path, recorded, sources, checkpoints, a
     assert result.stderr.startswith(message.format(**places)), result.stderr
 
 
+@pytest.mark.long
 def test_a_recording_of_a_run_with_the_precision_arm_is_of_float32(tmp_path, sources, checkpoints):
     compare(sources["hf"], checkpoints["bfloat16"], dtype="bfloat16", record=tmp_path / "recording")
     assert compare(Recording(tmp_path / "recording"), checkpoints["bfloat16"]).verdict == "pass"
@@ -161,6 +165,7 @@ def test_a_digest_does_not_care_how_a_bfloat16_is_held():
     assert digest(-np.zeros((2, 2), np.float32)) != digest(np.zeros((2, 2), np.float32))
 
 
+@pytest.mark.long
 def test_of_mistakes_in_parameters_a_recording_names_what_can_be_undone(tmp_path, monkeypatch):
     """The rest of those in parameters is found and located, and needs the source to be named."""
     cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())

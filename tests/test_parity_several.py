@@ -28,6 +28,7 @@ def touched(monkeypatch):
     return install
 
 
+@pytest.mark.long
 def test_two_faults_in_two_layers_are_both_named(monkeypatch, sources, checkpoints):
     """A wrong window in the full layers and a wrong swiglu everywhere: each has its own finding."""
     visibility, alpha = attention.visibility, 1.0

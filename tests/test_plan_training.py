@@ -57,6 +57,7 @@ def test_what_is_seen_is_less_than_all():
     assert seen / dense == pytest.approx((full + window) / 2 / 4096**2)
 
 
+@pytest.mark.long
 def test_collectives_in_a_loop_count_as_often_as_it_runs():
     """The parameters of four layers are gathered as often whether there are four or two turns of a loop over two."""
     cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=4, layer_types=(), num_experts=16, dtype=jnp.float32)
@@ -99,6 +100,7 @@ ENTRY %main (a: f32[4]) -> f32[8] {
     ]
 
 
+@pytest.mark.long
 def test_it_says_what_a_step_takes(capsys):
     assert run_click(plans.main, "plan_training.py", ASKED) == 0
     out = capsys.readouterr().out
@@ -107,6 +109,7 @@ def test_it_says_what_a_step_takes(capsys):
     assert "all-gather" in out
 
 
+@pytest.mark.long
 def test_devices_share_a_row_by_context(capsys):
     asked = ["--size", "tiny", "--topology", "cpu:6", "--mesh", "expert=3,context=2", "--length", "64", "--layers", "2"]
     assert run_click(plans.main, "plan_training.py", asked) == 0
@@ -175,6 +178,7 @@ def test_what_cannot_be_planned_is_one_line(capsys, options, said):
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 def test_low_rank_updates_over_packed_experts(capsys):
     lora = ["--lora", ".*(q|k|v|o)_proj", "--lora", r".*mlp\.(gate_up|down)", "--param-dtype", "mxfp4"]
     assert run_click(plans.main, "plan_training.py", [*ASKED, *lora, "--json"]) == 0
