@@ -198,6 +198,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_interrupts_at_once(hf, tmp_path, start):
     out = tmp_path / "out"
     process = begin(start, hf, out, 0, "-q", script=HANGS)

@@ -147,6 +147,7 @@ def test_what_is_quantized_is_what_the_words_say(sources, tmp_path, rule, dtype)
     assert verify_checkpoint(tmp_path / "out").status == "pass"
 
 
+@pytest.mark.long
 def test_what_training_did_not_touch_keeps_its_bytes(sources, checkpoints, tmp_path, capsys):
     """One block in a hundred is changed: these, and no others, have other bytes."""
     rng = np.random.default_rng(1)
@@ -467,6 +468,7 @@ def test_transformers_loads_it_and_computes_the_same(sources, checkpoints, tmp_p
     assert torch.equal(*logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("experts", [24, 96])
 def test_pruned_experts_are_no_matter(tmp_path, experts):
     cfg = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=1, layer_types=(), num_experts=experts)

@@ -36,6 +36,7 @@ def mlx(arrays: dict) -> None:
             arrays[f"{stem}.{half}_proj.{kind}"] = np.ascontiguousarray(part)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("edit", [torchtitan, unsloth, mlx])
 def test_what_others_write_is_read(sources, checkpoints, cfg, tmp_path, edit):
     """Straight, by way of Orbax, and into the model."""

@@ -107,6 +107,7 @@ def test_max_memory_is_refused_with_the_least_that_works(sources, tmp_path, caps
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_max_memory_is_kept_at_the_least_that_works(sources, tmp_path):
     command = [sys.executable, "-m", "converter.cli", sources["hf"], tmp_path / "out", "--json", "-q", "--max-memory"]
     refused = subprocess.run([*command, "1M"], capture_output=True, text=True)

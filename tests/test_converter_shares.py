@@ -45,6 +45,7 @@ def wait_for_chunks(out: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_sigkill_at_any_moment(hf, whole, tmp_path, begin):
     out = tmp_path / "out"
     for count in (1, 40, 120):

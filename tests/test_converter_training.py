@@ -79,6 +79,7 @@ def test_the_last_step_beside_an_optimizers_state(trained, checkpoints, tmp_path
     same(tmp_path / "out", trained)
 
 
+@pytest.mark.long
 def test_stacked_layers_are_unstacked(tmp_path, even_cfg):
     cfg = dataclasses.replace(even_cfg, num_hidden_layers=4, layer_types=(), param_dtype="float32")
     model = Transformer(cfg, rngs=nnx.Rngs(0))

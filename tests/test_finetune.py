@@ -218,6 +218,7 @@ def test_tokens_of_another_models_tokenizer_are_refused(cfg, text, tmp_path):
     assert data.faults(cfg) == [f"{text}: expected tokens from 0 to 508, found 509; is it that tokenizer?"]
 
 
+@pytest.mark.long
 def test_interrupted_it_says_how_it_goes_on(source, text, tmp_path, start):
     run = tmp_path / "run"
     began = start(command(source, text, run, "--steps", "100000", "--lora", ATTENTION), stderr=subprocess.PIPE, text=True)

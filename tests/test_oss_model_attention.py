@@ -48,6 +48,7 @@ def both(given, queries: Tokens, keys: Tokens, window, block):
     return of(0), of(block)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("padding", ["", "left", "right", "between"])
 @pytest.mark.parametrize("window", [None, 7, 11])
 @pytest.mark.parametrize("cached", [0, 7, 20])

@@ -213,6 +213,7 @@ def test_a_source_that_is_replaced_while_it_is_read_is_told(gcs, small, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_what_was_converted_there_is_exported_and_inspected(gcs, small, tmp_path, capsys):
     assert main([str(small), "gs://bucket/out", "--dtype", "mxfp4", "-q"]) == 0
     assert main(["gs://bucket/out", str(tmp_path / "back"), "--to", "hf", "-q"]) == 0

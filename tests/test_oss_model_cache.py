@@ -41,6 +41,7 @@ def want(model, prompt):
     return np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, prompt))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prefill", [1, 10, 11, 12, 30])
 def test_decoding_equals_the_whole_prompt_at_every_position(model, cfg, prompt, want, prefill):
     """Prefills below, at and above the window of 11, then a token at a time to more than three windows."""
@@ -69,6 +70,7 @@ PADDED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("side", PADDED)
 def test_padded_rows_decode_as_if_alone(model, cfg, prompt, want, side, pieces):
@@ -141,6 +143,7 @@ def test_what_a_cache_has_no_place_for_is_nan_and_not_stored(run, model, cfg, pr
     np.testing.assert_array_equal(again[1].positions, cache[1].positions)
 
 
+@pytest.mark.long
 def test_sliding_layers_alone_have_room_for_ever_if_they_hold_their_window(cfg):
     assert capacity(init_cache(cfg, 1, 100), cfg) == 100
     sliding = dataclasses.replace(cfg, layer_types=("sliding_attention",) * 2)

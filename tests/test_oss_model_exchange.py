@@ -41,6 +41,7 @@ def routed(even_cfg):
     return make
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("skew", [0, 3])
 @pytest.mark.parametrize(
     ("path", "axes"),

@@ -65,6 +65,7 @@ def test_gradients_without_jit_are_those_with_it(block, jitted, wrt, tokens):
         np.testing.assert_allclose(got.get_value(), want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("platform", "tokens", "path"),
     [("cpu", FEW, "grouped"), ("gpu", FEW, "pairs"), ("gpu", MANY, "grouped"), ("tpu", FEW, "pairs"), ("tpu", MANY, "ragged")],
@@ -84,6 +85,7 @@ def test_auto_goes_by_platform_and_shape_alone(block, monkeypatch, platform, tok
     assert taken == [path] * 3
 
 
+@pytest.mark.long
 def test_without_jit_the_experts_are_traced_once(block, monkeypatch):
     """Otherwise every eager call would compile the loop over experts anew."""
     traces = []

@@ -121,6 +121,7 @@ def test_parity_takes_the_commit_that_was_converted(run, server, tmp_path):
     assert "20/20" in run("check-parity", REPOSITORY, "out", "--revision", COMMIT, HF_HUB_OFFLINE="1").stdout
 
 
+@pytest.mark.long
 def test_a_dry_run_downloads_nothing(run, server, tmp_path):
     line = only_line(run("convert-oss", REPOSITORY, tmp_path / "out", "--dry-run"), 2)
     assert "expected its files in the hub's cache for a dry run, found 5 missing" in line
@@ -145,6 +146,7 @@ def test_a_download_that_breaks_off_goes_on(run, server, tmp_path, fault):
     assert manifest(tmp_path / "out")["source"]["hub"]["commit"] == COMMIT
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["busy", "lies"])
 def test_one_that_breaks_off_for_good_is_taken_up_again(run, server, tmp_path, fault):
     if fault == "busy":
@@ -223,6 +225,7 @@ def test_where_a_checkpoint_came_from_is_in_its_card(run, server):
     assert f"from `{REPOSITORY}` at `{COMMIT}`" in text
 
 
+@pytest.mark.long
 def test_an_upload_that_breaks_off_is_told_and_taken_up(run, server, small_out, tmp_path):
     server.refused = (403, 10**6)
     asked = ["convert-oss", small_out, "out", "--push", "me/orbax"]
@@ -234,6 +237,7 @@ def test_an_upload_that_breaks_off_is_told_and_taken_up(run, server, small_out, 
     assert "_METADATA" in server.pushed
 
 
+@pytest.mark.long
 def test_who_may_not_write_is_told_before_anything_is_converted(run, server, small_out, tmp_path):
     server.token = "hf_secretsecretsecret"
     assert "hf auth login" in only_line(run("convert-oss", small_out, "out", "--push", "me/x"), 2)

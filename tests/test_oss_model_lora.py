@@ -85,6 +85,7 @@ def test_a_merge_is_what_the_paper_says(checkpoints, cfg):
     np.testing.assert_allclose(down.weight[...], expected_down, atol=1e-6)
 
 
+@pytest.mark.long
 def test_gradients_reach_the_update_and_everything_that_is_not_packed(checkpoints, cfg, tokens):
     model = adapted(checkpoints, cfg, "mxfp4")
 

@@ -94,6 +94,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16(reference, 
     assert np.median(our_error) <= 1.5 * np.median(their_error)
 
 
+@pytest.mark.long
 def test_gradients_equal_torch(reference, model, prompt):
     """Per-parameter relative L2 of d(mean of squared logits), float32; expert gradients transposed back by hand."""
     found = gradients(model, prompt)
@@ -126,6 +127,7 @@ def test_gradients_equal_torch(reference, model, prompt):
         assert np.linalg.norm(got[name] - theirs[theirs_name]) < 2e-4 * np.linalg.norm(theirs[theirs_name]), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["pairs", "ragged"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_expert_paths_have_the_same_gradients(tmp_path, cfg, prompt, path, packed):
@@ -143,6 +145,7 @@ def test_expert_paths_have_the_same_gradients(tmp_path, cfg, prompt, path, packe
         assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want) + 1e-12, name
 
 
+@pytest.mark.long
 def test_padding_on_the_left_changes_nothing(model, prompt):
     whole = forward(model, prompt[:1, :30])
     padded = jnp.asarray(np.concatenate([np.full((1, 7), 3), prompt[:1, :30]], axis=1), jnp.int32)
@@ -164,6 +167,7 @@ def test_a_token_outside_the_vocabulary_makes_its_row_nan(model, prompt):
     assert np.isfinite(logits[1]).all()
 
 
+@pytest.mark.long
 def test_split_merge_and_eval_shape(cfg):
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0))))
     assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for _, v in nnx.to_flat_state(state))

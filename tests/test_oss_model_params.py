@@ -149,6 +149,7 @@ def test_values_cannot_be_loaded_as_packed(sources, cfg):
         create_model_from_checkpoint(sources["hf-bf16"], dataclasses.replace(cfg, param_dtype="mxfp4"))
 
 
+@pytest.mark.long
 def test_the_seeds_examples(checkpoints, tmp_path):
     """SEED.md's usage, with our import path and a configuration that matches the checkpoint at hand."""
     from oss_model import ModelConfig, Transformer

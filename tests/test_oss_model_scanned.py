@@ -81,6 +81,7 @@ def test_on_a_mesh_parameters_stay_cut(even_checkpoints, even_cfg, prompt):
         np.testing.assert_allclose(nnx.jit(lambda model: model(tokens))(model), want, atol=2e-5)
 
 
+@pytest.mark.long
 def test_compiled_once_however_many_layers_there_are(cfg):
     """Instructions of the compiled step, which its compile time goes by."""
     sizes = []

@@ -188,6 +188,7 @@ def statistics(sources, cfg) -> list[Statistics]:
     return watch(sources["hf"], cfg, length=200)
 
 
+@pytest.mark.long
 def test_the_clamps_are_reached_but_do_not_rule(statistics):
     for layer in statistics:
         assert 0.02 < layer.gates_above < 0.2
@@ -224,6 +225,7 @@ def test_the_window_is_shorter_than_the_tests_prompts(cfg, prompt):
     assert (prompt < cfg.vocab_size).all()
 
 
+@pytest.mark.long
 def test_the_clamps_are_reached_at_the_published_width(tmp_path):
     cfg = ModelConfig(
         vocab_size=50, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=2880,

@@ -264,6 +264,7 @@ def test_a_batch_in_parts_of_unequal_counts_is_the_batch(model, batch):
     assert abs(sum(float(one.loss) for one in means) / 2 - float(found.loss)) > 1e-3
 
 
+@pytest.mark.long
 def test_the_balancing_loss_is_the_references(model, batch):
     from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 

@@ -90,6 +90,7 @@ def test_one_layer_at_a_time_is_bitwise_the_whole_reference(sources, prompt):
     np.testing.assert_allclose(last["logits"], want.logits, atol=1e-5)
 
 
+@pytest.mark.long
 def test_candidate_layers_are_the_model_people_train_with(checkpoints, cfg, prompt):
     """Block by block as the harness runs them, against `model(tokens)`: the same taps."""
     candidate = Candidate(checkpoints["bfloat16"])
@@ -274,6 +275,7 @@ def test_a_lost_minus_zero_is_a_difference(sources, broken):
     assert report.free_run["verdict"] == "ok"
 
 
+@pytest.mark.long
 def test_swapped_nibbles_in_a_packed_checkpoint_are_named(sources, broken):
     wrong = broken("layers.2.mlp.gate_up.blocks", lambda value: (value << 4 | value >> 4).astype(np.uint8), "mxfp4")
     report = compare(sources["hf"], wrong, layers=True)

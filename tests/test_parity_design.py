@@ -50,6 +50,7 @@ def made(tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("source", "checkpoint", "rule"),
     [
@@ -191,6 +192,7 @@ def test_a_recording_of_values_is_compared_with_packed_experts(made, tmp_path):
     assert report.verdict == "pass", report.table()
 
 
+@pytest.mark.long
 def test_a_trained_embedding_is_put_right_in_bfloat16_too(made, tmp_path):
     wrong = changed(made["orbax"], "embedding.weight", tmp_path / "wrong", bit=5)
     report = compare(made["trained"], wrong, dtype="bfloat16", expect_changed=["embedding.weight"])
@@ -208,6 +210,7 @@ def test_packed_experts_of_values_that_are_mxfp4(made, tmp_path):
     assert report.as_stored is None
 
 
+@pytest.mark.long
 def test_gradients_and_forms_are_not_those_of_other_values(made):
     report = compare(made["served"], made["orbax"], layers=False, gradients=True, forms=("jit",))
     assert report.verdict == "incomplete"

@@ -38,6 +38,7 @@ def test_the_equations_on_the_device_are_those_of_numpy(checkpoints, sources, mo
         assert np.abs(there - exact).max() <= max(20 * np.abs(here - exact).max(), 1e-6 * scale), name
 
 
+@pytest.mark.long
 def test_what_is_no_noise_of_float32_is_reported_and_not_taken(checkpoints, sources, monkeypatch):
     """A device that multiplies in TF32 would widen the gate that is to find it."""
     right = layers.contract

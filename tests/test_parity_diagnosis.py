@@ -258,6 +258,7 @@ def one_block(value):
     return value
 
 
+@pytest.mark.long
 def test_what_is_wrong_in_some_experts_is_said_of_these(monkeypatch, tmp_path, sources, checkpoints):
     packed = checkpoints["mxfp4"]
     zeros = of_experts(np.zeros_like, 1, 4)

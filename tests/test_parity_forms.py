@@ -166,6 +166,7 @@ def test_a_form_that_is_right_the_second_time_is_not_reproducible(subject, refer
     assert "not reproducible: wrong the first time" in report.forms[0].note
 
 
+@pytest.mark.long
 def test_a_form_that_is_wrong_in_bfloat16_alone_is_said_to_be(subject, reference, monkeypatch):
     right = attention.sink_attention
     monkeypatch.setattr(
@@ -217,6 +218,7 @@ def test_in_bfloat16_the_error_is_put_over_the_reference_s(subject, reference, m
     assert run(subject, reference, ["jit"], ("bfloat16",)).forms[0].verdict == "fail"
 
 
+@pytest.mark.long
 def test_meshes_are_simulated_where_there_are_too_few_devices(subject, reference, monkeypatch):
     there = forms.devices
     monkeypatch.setattr(forms, "devices", lambda: there()[:1])

@@ -107,6 +107,7 @@ def test_gradients_of_every_parameter(sources, checkpoints, dtype):
     assert max(gradient["relative_l2"] for gradient in report.gradients) < metrics.GRADIENT_GATE / 3
 
 
+@pytest.mark.long
 def test_gradients_of_a_router_that_chooses_one_expert_are_zero(tmp_path, cfg):
     """One expert a token has weight 1 whatever the router says: nothing flows through it, on either side."""
     one = dataclasses.replace(cfg, num_hidden_layers=1, layer_types=(), num_experts_per_tok=1)
@@ -183,6 +184,7 @@ def test_how_the_model_is_loaded_and_put_together_is_compared(monkeypatch, tmp_p
     assert {"norm.scale", "layers.1.attn.sinks", "layers.0.attn.sinks"} <= {one["name"] for one in report.wrong_gradients}
 
 
+@pytest.mark.long
 def test_what_a_call_returns_is_compared(monkeypatch, sources, checkpoints):
     """Logits of the token before: every tap is right."""
     right = Transformer.__call__

@@ -58,6 +58,7 @@ def _with(cfg, **changes):
     return dataclasses.replace(cfg, **changes)
 
 
+@pytest.mark.long
 def test_a_wrong_parameter_and_wrong_code_in_one_layer_are_both_told(monkeypatch, sources, tmp_path, checkpoints):
     checkpoint = rewritten(checkpoints["bfloat16"], tmp_path / "wrong", "layers.0.attn.sinks", np.zeros_like)
     visibility = attention.visibility
@@ -104,6 +105,7 @@ def test_a_head_or_channel_of_one_token_that_is_off_by_1e_3_is_found(tap, part, 
     assert compare(sources["hf"], checkpoints["bfloat16"]).first_divergence == {"layer": 2, "tap": tap}
 
 
+@pytest.mark.long
 def test_a_massive_channel_hides_no_other(touched, sources, tmp_path, checkpoints):
     """A channel of the experts' bias is 1e4: what is wrong in another one is a millionth of the token."""
     from safetensors.numpy import load_file, save_file
