@@ -40,6 +40,7 @@ def test_a_card_of_a_failure_says_so_first(broken):
     assert [row[3] for row in rows(text) if row[0] == "layer 16 attn_core"] == ["fail"]
 
 
+@pytest.mark.long
 def test_the_command_writes_a_card_of_what_it_compared(tmp_path, small, small_out):
     file = tmp_path / "card.md"
     options = ["--card", str(file), "--expect-changed", r".*sinks", "--tokens", "30"]

@@ -1,5 +1,6 @@
 """Any two checkpoints: which is the reference, and what can be said where none is safetensors."""
 
+import pytest
 from click.testing import CliRunner
 
 from parity import compare
@@ -7,6 +8,7 @@ from parity.cli import main
 from parity.mistakes.corruption import corrupt_checkpoint
 
 
+@pytest.mark.long
 def test_safetensors_are_judged_as_our_model_reads_them(sources):
     report = compare(sources["hf"], sources["openai"], tokens=24)
     assert report.verdict == "pass"
@@ -19,6 +21,7 @@ def test_the_reference_is_the_one_of_safetensors(sources, checkpoints):
     assert report.verdict == "pass"
 
 
+@pytest.mark.long
 def test_two_orbax_checkpoints_are_bytes_alone(checkpoints, tmp_path):
     stored = checkpoints["bfloat16"]
     same = compare(stored, stored)
