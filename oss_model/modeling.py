@@ -176,7 +176,9 @@ class Transformer(nnx.Module):
         beyond = None if room is None else at.positions >= room
         if beyond is not None:
             at = at._replace(positions=jnp.where(beyond, EMPTY, at.positions))
-        x, after = self.walk(self.embed(tokens), at, self.rope(at.positions), cache)
+        with jax.named_scope("rope"):
+            rope = self.rope(at.positions)
+        x, after = self.walk(self.embed(tokens), at, rope, cache)
         return x if beyond is None else jnp.where(beyond[..., None], jnp.nan, x), after
 
     def walk(

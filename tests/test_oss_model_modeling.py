@@ -13,6 +13,7 @@ from flax import nnx
 from transformers import GptOssForCausalLM
 
 from oss_model import ModelConfig, Transformer, create_model_from_checkpoint, experts, modeling
+from oss_model.scanned import scanned
 from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS, MODEL_TAPS, tapping
 
@@ -303,3 +304,17 @@ def test_packed_experts_stay_packed(path):
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     compiled = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)).lower(state, tokens).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 32 * 3 * 512 * 512 * 2
+
+
+@pytest.mark.parametrize("form", [lambda model: model, scanned])
+def test_operations_carry_the_names_of_their_block_and_tap(cfg, form):
+    """As profilers show them, and the compiler's messages."""
+    graphdef, state = nnx.split(
+        form(Transformer(dataclasses.replace(cfg, num_hidden_layers=4, layer_types=()), rngs=nnx.Rngs(0)))
+    )
+    tokens = jax.ShapeDtypeStruct((1, 24), jnp.int32)
+    lowered = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)).lower(state, tokens)
+    scopes = {name.rpartition("/")[0] for name in re.findall(r'loc\("([^"]*)"', lowered.as_text(debug_info=True))}
+    there = {part for scope in scopes for part in scope.split("/")}
+    assert there >= {"layer", "attn", "mlp", "rope", *MODEL_TAPS, *LAYER_TAPS} - {"layer_out"}  # which computes nothing
+    assert all("layer" in scope.split("/") for scope in scopes if {"attn", "mlp"} & set(scope.split("/")))
