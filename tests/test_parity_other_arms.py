@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from converter import convert
 from oss_model import (
@@ -21,6 +22,7 @@ from oss_model.synthetic import write_checkpoint
 from oss_model.taps import in_layer
 from parity import candidate as candidate_module
 from parity import compare, metrics
+from parity.mistakes.faulty import Faulty
 from parity.prompts import Prompt
 
 
@@ -204,3 +206,25 @@ def test_rows_of_unequal_length_are_called_with_their_padding(monkeypatch, sourc
     monkeypatch.setattr(layers.RotaryEmbedding, "__call__", more)
     report = compare(sources["hf"], checkpoints["bfloat16"], prompt=prompt)
     assert report.first_divergence == {"layer": 0, "tap": "q_rope"}
+
+
+# --- a model that makes much of rounding --------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_where_attention_is_very_sharp_the_free_run_may_be_as_far_as_rounding_moves_the_reference(tmp_path, cfg):
+    """And no further: sinks that are lost are not excused by it."""
+    source = write_checkpoint(tmp_path / "source", dataclasses.replace(cfg, num_hidden_layers=3, layer_types=()))
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name] = tensors[name] * 100
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "checkpoint")
+    report = compare(source, tmp_path / "checkpoint", forms=())
+    run = report.free_run
+    assert (report.verdict, run["verdict"]) == ("pass", "ok")
+    assert metrics.FREE_RUN_GATE * run["max_logit"] < run["max_abs"] < run["gate"] == metrics.TIMES * run["amplified"]
+    assert "PyTorch itself, nudged by what float32 rounds, moves by up to" in report.table()
+    run = compare(source, Faulty(tmp_path / "checkpoint", "sinks-zeroed", 0), forms=()).free_run
+    assert (run["verdict"], run["max_abs"] > run["gate"] == metrics.TIMES * run["amplified"]) == ("fail", True)
