@@ -34,7 +34,8 @@ NOT_RUN = {
 }
 # What is run, but not by this: where, and what stands there.
 ELSEWHERE = {
-    "./scripts/test": (".ci/run", "./scripts/test --all"),
+    "./scripts/test": (".ci/run", "./scripts/test"),
+    "./scripts/test --all": (".ci/run", "./scripts/test --all"),
     "./scripts/demo": ("scripts/wheel", "check-parity --layers"),  # its commands, from the wheel
     "check-parity --layers": ("scripts/wheel", "check-parity --layers"),
     "./scripts/readers": (".ci/run", "./scripts/readers"),
