@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ sys.modules["finetune"] = SCRIPT_MODULE
 SPEC.loader.exec_module(SCRIPT_MODULE)  # type: ignore[union-attr]
 COMPILED = Path(tempfile.gettempdir()) / f"finetune-compiled-{os.getpid()}"
 ATTENTION = ".*(q|k|v|o)_proj"
+GLOO = re.compile(r"\[Gloo\]|peer ranks|^\s*\d*\s*$")  # says to standard output what it connects, pieces of lines by turns
 FAST = ["--batch", "2", "--length", "24", "--learning-rate", "1e-2", "--compute", "float32"]
 
 
@@ -308,7 +310,7 @@ def together(start, count: int, source: Path, file: Path, run: Path, *options: s
         children.append(start(line, text=True, env=environment(8 // count), **piped))
     ended = [child.communicate(timeout=300) for child in children]
     assert [child.returncode for child in children] == [0] * count, [err[-2000:] for _, err in ended]
-    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in ended]
+    return ["".join(line for line in out.splitlines(True) if not GLOO.search(line)) for out, _ in ended]
 
 
 def timeless(run: Path) -> list[dict]:
