@@ -66,7 +66,7 @@ class _Command(click.Command):
 @optgroup.option(
     "--self-test",
     is_flag=True,
-    help="Test the tool itself: put every known mistake into a right port, one at a time. Takes half an hour.",
+    help="Test the tool itself: put every known mistake into a right port, one at a time. Takes 45 minutes.",
 )
 @optgroup.group("The prompt")
 @optgroup.option(
