@@ -369,6 +369,13 @@ def test_what_a_screen_reader_meets_has_a_name(broken):
     assert tip["aria-hidden"] == "true"  # it shows the label, which is read already
 
 
+def test_forms_are_parted_by_what_no_name_of_theirs_has(healthy):
+    healthy.forms = [FormResult(name, "model", "float32", "ok", 0.0) for name in ("generate", "generate, eos", "jit")]
+    assert "ok x3   generate; generate, eos; jit" in healthy.table()
+    healthy.forms[1].verdict = healthy.forms[2].verdict = "fail"
+    assert [one.headline for one in sections(healthy) if one.name == "forms"] == ["wrong as it is run: generate, eos; jit"]
+
+
 def test_every_tap_of_every_layer_is_a_cell(broken):
     found = Page(page.render(broken))
     labels = [attrs["aria-label"] or "" for attrs in found.with_class("cell") if "aria-label" in attrs]
