@@ -51,9 +51,10 @@ def programs():
 
     And the process keeps its limits: XLA aborts, files later, where a test that bounds memory has left the bound.
     """
-    limits = [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)]
+    kinds = resource.RLIMIT_AS, resource.RLIMIT_FSIZE
+    limits = [*map(resource.getrlimit, kinds)]
     yield
-    assert [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)] == limits
+    assert [*map(resource.getrlimit, kinds)] == limits
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 40_000:
         jax.clear_caches()

@@ -283,11 +283,15 @@ TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @optgroup.option(
     "--save-every", default=50, show_default=True, type=AT_LEAST_1, metavar="N", help="Steps; --eval is looked at then, too."
 )
-@optgroup.option("--keep", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="How many saved steps.")
+@optgroup.option("--keep", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="How many saved steps to keep.")
 @optgroup.option("--best", is_flag=True, help="RUN/model is of the saved step whose loss on --eval is the lowest.")
 @optgroup.group("Where it runs")
 @optgroup.option(
-    "--mesh", default="fsdp=-1", show_default=True, metavar="AXES", help="And sizes, such as fsdp=4,expert=2; -1: what is left."
+    "--mesh",
+    default="fsdp=-1",
+    show_default=True,
+    metavar="AXES",
+    help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.",
 )
 @optgroup.option(
     "--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="The products' dtype."

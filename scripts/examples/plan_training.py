@@ -276,7 +276,7 @@ DTYPES, REMATS = click.Choice(["float32", "bfloat16", "mxfp4"]), click.Choice(["
 @click.option(
     "--topology", metavar="KIND:SHAPE", required=True, help="v5p:2x2x2, v5e:4x8, v6e:16x16, ...; cpu:8 for simulated devices."
 )
-@click.option("--mesh", metavar="AXES", required=True, callback=axes, help="And sizes, such as fsdp=16,expert=4.")
+@click.option("--mesh", metavar="AXES", required=True, callback=axes, help="Axes and sizes, such as fsdp=16,expert=4.")
 @click.option("--length", type=AT_LEAST_1, metavar="N", default=4096, show_default=True, help="Tokens a row.")
 @click.option(
     "--batch",
