@@ -16,7 +16,7 @@ from oss_model.cache import Cache
 from oss_model.errors import InputError
 from oss_model.modeling import Transformer, TransformerBlock, rematerialized
 from oss_model.params import abstract_model
-from oss_model.taps import in_layer
+from oss_model.taps import in_layer, keep_turns, kept_in_turn
 
 
 class ScannedTransformer(Transformer):
@@ -43,19 +43,39 @@ class ScannedTransformer(Transformer):
 
         def turn(x, given):
             number, state = given
-            for n, block in enumerate(nnx.merge(graphdef, state)):
-                with in_layer(number * count + n), jax.named_scope("layer"):
-                    x, _ = rematerialized(block, self.cfg.remat == "block")(x, at, rope, None)
-            return x, None
+            with kept_in_turn() as kept:
+                for n, block in enumerate(nnx.merge(graphdef, state)):
+                    with in_layer(number * count + n), jax.named_scope("layer"):
+                        x, _ = rematerialized(block, self.cfg.remat == "block")(x, at, rope, None)
+            return x, kept
 
         turns = self.cfg.num_hidden_layers // count
-        return jax.lax.scan(turn, x, (jnp.arange(turns, dtype=jnp.int32), state))[0], None
+        x, kept = jax.lax.scan(turn, x, (jnp.arange(turns, dtype=jnp.int32), state))
+        keep_turns(kept)
+        return x, None
 
 
 def period(kinds: Sequence[str]) -> int:
     """Of how many layers a turn is: the fewest that repeat."""
     sizes = (size for size in range(1, len(kinds) + 1) if len(kinds) % size == 0)
     return next(size for size in sizes if tuple(kinds) == tuple(kinds[:size]) * (len(kinds) // size))
+
+
+def repeats(model: Transformer, trained: Any) -> bool:
+    """Whether the layers are more than a turn, all turns alike, and the same of each is trained.
+
+    Args:
+      trained: a filter of `flax.nnx`.
+    """
+    turn, selects = period(model.cfg.layer_types), nnx.filterlib.to_predicate(trained)
+    graphs: dict[int, set[Any]] = {}
+    found: dict[tuple, set[bool]] = {}
+    for n, layer in enumerate(model.layers):
+        graphdef, state = nnx.split(layer)
+        graphs.setdefault(n % turn, set()).add(graphdef)
+        for path, variable in nnx.to_flat_state(state):
+            found.setdefault((n % turn, *path), set()).add(selects(("layers", n, *path), variable))
+    return len(model.layers) > turn and all(len(alike) == 1 for alike in (*graphs.values(), *found.values()))
 
 
 def scanned(model: Transformer) -> ScannedTransformer:
@@ -81,17 +101,22 @@ def scanned(model: Transformer) -> ScannedTransformer:
 
 
 def unscanned(model: ScannedTransformer) -> Transformer:
-    """The model with a layer each, whose `nnx.state` is what is saved."""
+    """The model with a layer each, whose `nnx.state` is what is saved. They are moved, as `scanned` moves them."""
     single, turn = nnx.merge(*abstract_model(model.cfg)), len(model.layers)
     single.embedding, single.norm, single.lm_head = model.embedding, model.norm, model.lm_head
-    layers = []
-    for n in range(model.cfg.num_hidden_layers):
-        graphdef, state = nnx.split(model.layers[n % turn])
-        flat = {path: variable.copy() for path, variable in nnx.to_flat_state(state)}
-        for variable in flat.values():
-            variable.set_value(variable.get_value()[n // turn])
-            _annotate(variable, stacked=False)
-        layers.append(nnx.merge(graphdef, nnx.from_flat_state(flat)))
+    layers: list[Any] = [None] * model.cfg.num_hidden_layers
+    for n, stacked in enumerate(model.layers):
+        graphdef, state = nnx.split(stacked)
+        states: list[dict] = [{} for _ in range(n, len(layers), turn)]
+        for path, variable in nnx.to_flat_state(state):
+            value = variable.get_value()
+            for flat, one in zip(states, _unstack(value), strict=True):
+                flat[path] = variable.copy()
+                flat[path].set_value(one)
+                _annotate(flat[path], stacked=False)
+            variable.set_value(jax.ShapeDtypeStruct(value.shape, value.dtype))
+            nnx.update(stacked, state)
+        layers[n::turn] = [nnx.merge(graphdef, nnx.from_flat_state(flat)) for flat in states]
     single.layers = nnx.List(layers)
     return single
 
@@ -104,6 +129,14 @@ def _stack(values: list[Any]) -> Any:
     if isinstance(values[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype, sharding=placed)
     return jax.jit(lambda *values: jnp.stack(values), out_shardings=placed)(*values)
+
+
+def _unstack(value: Any) -> Sequence[Any]:
+    """Each cut as all were."""
+    placed = value.sharding
+    if isinstance(placed, NamedSharding):
+        placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:]))
+    return jax.jit(tuple, out_shardings=placed)(value)
 
 
 def _annotate(variable: nnx.Variable, *, stacked: bool) -> None:

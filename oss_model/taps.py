@@ -57,3 +57,41 @@ def tapping(hook: Hook) -> Iterator[None]:
         yield
     finally:
         _hook.reset(token)
+
+
+class _Keeping:
+    """A hook that only watches one tap."""
+
+    def __init__(self, name: str):
+        self.name, self.values = name, []
+
+    def __call__(self, _layer: Layer, name: str, value: jax.Array) -> jax.Array:
+        if name == self.name:
+            self.values.append(value)
+        return value
+
+
+@contextmanager
+def keeping(name: str) -> Iterator[list[jax.Array]]:
+    """A list that gets what one tap has in each layer, in their order, also where layers are one loop."""
+    hook = _Keeping(name)
+    with tapping(hook):
+        yield hook.values
+
+
+@contextmanager
+def kept_in_turn() -> Iterator[list[jax.Array]]:
+    """What is kept in a turn of a loop, for it to return: nothing of it may leave otherwise. Empty outside of `keeping`."""
+    hook = _hook.get()
+    if not isinstance(hook, _Keeping):
+        yield []
+        return
+    with keeping(hook.name) as values:
+        yield values
+
+
+def keep_turns(values: list[jax.Array]) -> None:
+    """After the loop: what its turns returned, each array [turns, ...]."""
+    hook = _hook.get()
+    if isinstance(hook, _Keeping) and values:
+        hook.values += [value[turn] for turn in range(len(values[0])) for value in values]

@@ -11,7 +11,8 @@ from flax import nnx
 from oss_model import InputError, ModelConfig, Transformer, add_lora, create_model_from_checkpoint, cross_entropy, init_cache
 from oss_model.config import FULL, SLIDING
 from oss_model.layouts import parameter_name
-from oss_model.scanned import period, scanned, unscanned
+from oss_model.scanned import period, repeats, scanned, unscanned
+from oss_model.taps import keeping
 
 
 @pytest.fixture
@@ -61,6 +62,7 @@ def test_there_and_back_are_the_same_bits(four):
     assert moved.layers[0].attn.q_proj.lora.a.shape[0] == 2
     assert isinstance(model.layers[3].attn.sinks.get_value(), jax.ShapeDtypeStruct)  # moved, not copied
     after = {parameter_name(path): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(nnx.state(unscanned(moved)))}
+    assert isinstance(moved.layers[1].mlp.down.bias.get_value(), jax.ShapeDtypeStruct)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.tobytes() == after[name].tobytes(), name
@@ -79,6 +81,8 @@ def test_on_a_mesh_parameters_stay_cut(even_checkpoints, even_cfg, prompt):
         assert weight.get_value().sharding.spec[0] is None
         assert weight.get_value().addressable_shards[0].data.size * 4 == weight.get_value().size
         np.testing.assert_allclose(nnx.jit(lambda model: model(tokens))(model), want, atol=2e-5)
+        cut = tuple(weight.get_value().sharding.spec)
+        assert tuple(unscanned(model).layers[0].attn.q_proj.weight.get_value().sharding.spec) == cut[1:]
 
 
 @pytest.mark.long
@@ -92,6 +96,40 @@ def test_compiled_once_however_many_layers_there_are(cfg):
         text = jax.jit(jax.grad(loss)).lower(state, jax.ShapeDtypeStruct((1, 25), jnp.int32)).as_text()
         sizes.append(len(text.splitlines()))
     assert sizes[1] < 1.02 * sizes[0]
+
+
+@pytest.mark.parametrize("tap", ["expert_choice", "layer_out", "logits"])
+def test_taps_that_are_kept_are_those_of_single_layers_in_their_order(four, prompt, tap):
+    make = lambda: Transformer(dataclasses.replace(four, param_dtype="float32"), rngs=nnx.Rngs(0))  # noqa: E731
+    tokens = jnp.asarray(prompt[:1, :24])
+
+    @nnx.jit
+    def values(model):
+        with keeping(tap) as found:
+            model(tokens)
+        return found
+
+    want, got = values(make()), values(scanned(make()))
+    assert len(want) == len(got) == (1 if tap == "logits" else 4)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    if tap == "layer_out":
+        assert np.abs(np.asarray(want[0]) - np.asarray(want[2])).max() > 1e-2  # their order could be told
+
+
+def test_what_can_be_one_loop(four):
+    model = Transformer(four, rngs=nnx.Rngs(0))
+    assert repeats(model, nnx.Param)
+    assert repeats(model, nnx.PathContains("sinks"))
+    assert repeats(model, nnx.PathContains("lm_head"))
+    assert repeats(model, lambda path, _: path[:2] in (("layers", 1), ("layers", 3)))  # all full ones
+    assert not repeats(model, lambda path, _: path[:2] == ("layers", 3))
+    turn = dataclasses.replace(four, num_hidden_layers=2, layer_types=())
+    assert not repeats(Transformer(turn, rngs=nnx.Rngs(0)), nnx.Param)
+    add_lora(model, r"layers\.2\..*q_proj", rank=3, rngs=nnx.Rngs(1))
+    assert not repeats(model, nnx.LoRAParam)
+    add_lora(model, r"layers\.0\..*q_proj", rank=4, rngs=nnx.Rngs(1))
+    assert not repeats(model, nnx.LoRAParam)  # of another rank
 
 
 def test_a_cache_is_refused(four):

@@ -1,5 +1,6 @@
 """What fine-tuning is made of: answers are found, rows packed, batches cut into parts, and the load of experts is told."""
 
+import dataclasses
 import datetime
 import json
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from chatting import chat, write_chats, write_tokenizer
 from flax import nnx
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oss_model import InputError, Transformer, create_model_from_checkpoint
+from oss_model.layouts import parameter_name
 from oss_model.loss import cross_entropy
 from oss_model.training import (
     Batch,
@@ -382,3 +385,46 @@ def test_the_best_step_is_kept_and_is_the_result(even_checkpoints, even_cfg, tmp
     assert all(np.array_equal(a, b) for a, b in zip(best, four, strict=True))
     looks = iter([3.0, 1.0, 2.0])
     assert any((a != b).any() for a, b in zip(result("last", 6), four, strict=True))
+
+
+@pytest.mark.long
+def test_layers_in_one_loop_are_trained_as_single_ones_and_old_runs_stay_as_they_were(even_cfg, tmp_path, monkeypatch):
+    """Their weight decay, the balancing loss and the router's load too, each of which looks at single layers."""
+    cfg = dataclasses.replace(even_cfg, num_hidden_layers=4, layer_types=(), param_dtype="float32", remat="none")
+    text, mesh = tmp_path / "text.txt", jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    text.write_text("Each layer is compiled once, or all of them in one loop." * 4)
+    data, once = Data(text, tmp_path, 8, 16, DAY), loop.repeats
+
+    def result(run: str, steps: int, single: bool) -> dict[str, np.ndarray]:
+        monkeypatch.setattr(loop, "repeats", (lambda *_: False) if single else once)
+        model = create_model_from_checkpoint(checkpoint, cfg, mesh)
+        how = Training(steps, 1e-2, warmup=0, weight_decay=0.5, balance=0.1, save_every=2)
+        model = train(model, nnx.Param, data, data, how, mesh, tmp_path / run, lambda _: None)
+        assert type(model) is Transformer
+        return {parameter_name(path): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+    def lines(run: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+
+    checkpoint = tmp_path / "checkpoint"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(checkpoint, nnx.state(Transformer(cfg, rngs=nnx.Rngs(0))))
+    single, looped = result("single", 4, True), result("looped", 4, False)
+    layers = {run: loop._layers(tmp_path / run / "steps/4") for run in ("single", "looped")}
+    assert layers == {"single": 4, "looped": 2}
+    assert single.keys() == looped.keys()
+    for name, value in single.items():
+        # Where a gradient is next to nothing, Adam makes much of its rounding.
+        assert np.quantile(np.abs(looped[name] - value), 0.99) < 1e-4, name
+    norms = [name for name in single if name.endswith(".scale") and name.startswith("layers")]
+    assert all(np.abs(single[name] - 1).max() > 1e-3 for name in norms)  # trained, so decay would have been seen
+    for one, other in zip(lines("single"), lines("looped"), strict=True):
+        for name in ("loss", "gradient_norm", "held_out_loss", "router_evenness", "dead_experts"):
+            if name in one:
+                np.testing.assert_allclose(other[name], one[name], rtol=1e-4)
+    assert len(lines("looped")[-1]["router_evenness"]) == 4
+
+    result("old", 2, True)
+    again = result("old", 4, False)
+    assert loop._layers(tmp_path / "old/steps/4") == 4
+    assert all(value.tobytes() == again[name].tobytes() for name, value in single.items())

@@ -21,17 +21,28 @@ from oss_model.errors import InputError
 from oss_model.files import write_file
 from oss_model.lora import named_before, named_now
 from oss_model.modeling import Transformer
+from oss_model.scanned import ScannedTransformer, period, repeats, scanned, unscanned
 from oss_model.training.costs import chip_of, flops
 from oss_model.training.data import Data, put
 from oss_model.training.router import dead, evenness
 from oss_model.training.steps import Batch, Stepped, eval_step, optimizer, schedule, train_step
 
 
+def _tree(directory: Path) -> Any:
+    """What the state of a step is made of."""
+    return ocp.PyTreeCheckpointHandler().metadata((directory / "default").absolute()).tree  # type: ignore[arg-type]
+
+
+def _layers(directory: Path) -> int:
+    """Of how many layers there are parameters in the state of a step, as names tell them apart."""
+    return len(_tree(directory)["params"].get("layers", {}))
+
+
 def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:
     """The state of a step, placed as `now` is; of runs begun when LoRA parameters had other names, too."""
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, now)
-    tree = ocp.PyTreeCheckpointHandler().metadata((directory / "default").absolute()).tree  # type: ignore[arg-type]
-    before = any("lora_a" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0])
+    leaves = jax.tree_util.tree_flatten_with_path(_tree(directory))[0]
+    before = any("lora_a" in jax.tree_util.keystr(path) for path, _ in leaves)
 
     def renamed(rename, tree):
         states = lambda node: isinstance(node, nnx.State)  # noqa: E731
@@ -185,34 +196,34 @@ def train(
     Raises:
       InputError: if RUN has done more steps already.
     """
-    rate = how.rate
+    rate, work = how.rate, flops(model.cfg, data.batch, data.length, lora=trained is nnx.LoRAParam)
     descent = optimizer(rate, how.clip, how.weight_decay)
-    graphdef, params, frozen = nnx.split(model, trained, ...)
     everywhere = NamedSharding(mesh, PartitionSpec())  # the optimizer's step counts; its moments are where the parameters are
-    moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
-
-    # What comes out of a step is placed as what went in; frozen parameters go in only.
-    placed = jax.tree.map(lambda a: a.sharding, (params, moments))
-    compiled = jax.jit(
-        train_step(graphdef, descent, how.accumulate, how.balance), donate_argnums=(0, 1), out_shardings=(*placed, everywhere)
-    )
-    looked_at = jax.jit(eval_step(graphdef), out_shardings=everywhere)
     with how.manager(run / "steps", held_out is not None) as manager, jax.set_mesh(mesh):
+        done = manager.latest_step() or 0
+        if done > how.steps:
+            raise InputError(f"--steps: expected {done} or more, which {run} has done already, found {how.steps}")
+        if repeats(model, trained) and not (done and _layers(run / "steps" / str(done)) > period(model.cfg.layer_types)):
+            model = scanned(model)  # a run that was begun with a layer each goes on so
+        graphdef, params, frozen = nnx.split(model, trained, ...)
+        moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
+
+        # What comes out of a step is placed as what went in; frozen parameters go in only.
+        placed = jax.tree.map(lambda a: a.sharding, (params, moments))
+        step_of = train_step(graphdef, descent, how.accumulate, how.balance)
+        compiled = jax.jit(step_of, donate_argnums=(0, 1), out_shardings=(*placed, everywhere))
+        looked_at = jax.jit(eval_step(graphdef), out_shardings=everywhere)
 
         def restored(step: int) -> tuple[Any, Any]:
             now = {"params": params, "moments": moments}
             found = restore_step(manager, run / "steps" / str(step), step, now)
             return found["params"], found["moments"]
 
-        done = manager.latest_step() or 0
-        if done > how.steps:
-            raise InputError(f"--steps: expected {done} or more, which {run} has done already, found {how.steps}")
         if done:
             params, moments = restored(done)
             say(f"resumed after step {done}")
-        work = sum(flops(model.cfg, data.batch, data.length, lora=trained is nnx.LoRAParam).values()) / mesh.size
         log = Log(run, done)
-        meter = Meter(log, say, rate, data.batch * data.length, work)
+        meter = Meter(log, say, rate, data.batch * data.length, sum(work.values()) / mesh.size)
         for step in range(done + 1, how.steps + 1):
             params, moments, found = compiled(params, moments, frozen, put(data(step), mesh, how.accumulate))
             meter.add(step, found)
@@ -226,15 +237,21 @@ def train(
                     log.add(step, metrics)
                     say(f"step {step:5}   {said(metrics)}")
                     metrics = {"held_out_loss": metrics["held_out_loss"]}
-                state = ocp.args.StandardSave({"params": params, "moments": moments})
-                manager.save(step, args=state, metrics=metrics, force=step == how.steps)
+                manager.save(
+                    step,
+                    args=ocp.args.StandardSave({"params": params, "moments": moments}),
+                    metrics=metrics,
+                    force=step == how.steps,
+                )
                 meter.go()
         manager.wait_until_finished()
         if how.best and (best := manager.best_step()) is not None:
             say(f"the result is that of step {best}, whose held-out loss is the lowest")
             if best != how.steps:
                 params, _ = restored(best)
-    return nnx.merge(graphdef, params, frozen)
+        model = nnx.merge(graphdef, params, frozen)
+        del params, frozen, moments  # of which each is now in the model alone, or not wanted
+        return unscanned(model) if isinstance(model, ScannedTransformer) else model
 
 
 def evaluate(look: Callable[[Batch], tuple[Any, Any, Any]], held_out: Data) -> dict[str, Any]:

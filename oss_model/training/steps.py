@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 
 from oss_model.errors import InputError
 from oss_model.loss import cross_entropy
-from oss_model.modeling import Transformer
-from oss_model.taps import tapping
+from oss_model.taps import keeping
 from oss_model.training.router import counts, load_balancing_loss
 
 
@@ -62,15 +61,15 @@ def schedule(rate: float, steps: int, warmup: int = 10, kind: str = "constant") 
 def optimizer(rate: float | optax.Schedule, clip: float = 1.0, weight_decay: float = 0.0) -> optax.GradientTransformation:
     """AdamW (Adam without decay) on gradients cut to a global norm of `clip`.
 
-    Vectors, which are norms, biases and sinks, do not decay.
+    Norms, biases and sinks do not decay: by name, since those of layers in one loop are stacked (`oss_model.scanned`).
     """
     adam = optax.adam(rate) if not weight_decay else optax.adamw(rate, weight_decay=weight_decay, mask=_matrices)
     return optax.chain(optax.clip_by_global_norm(clip), adam)
 
 
 def _matrices(params: Any) -> Any:
-    def matrix(path: tuple, value: Array) -> bool:
-        return value.ndim > 1 and not any(getattr(key, "key", None) == "bias" for key in path)
+    def matrix(path: tuple, _value: Array) -> bool:
+        return not any(getattr(key, "key", None) in ("bias", "scale", "sinks") for key in path)
 
     return jax.tree_util.tree_map_with_path(matrix, params)
 
@@ -91,11 +90,11 @@ def train_step(
 
     def total(params: Any, frozen: Any, batch: Batch) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graphdef, params, frozen)
-        seen: list[Array] = []
         if not balance:
             loss, count = cross_entropy(model, *batch)
             return loss, (loss, count)
-        loss, count = _watched(model, batch, "router_logits", seen)
+        with keeping("router_logits") as seen:
+            loss, count = cross_entropy(model, *batch)
         evened = load_balancing_loss(seen, model.cfg.num_experts_per_tok, _real(batch))
         return loss + balance * count * evened, (loss, count)
 
@@ -124,8 +123,8 @@ def eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], tuple[Array
 
     def step(params: Any, frozen: Any, batch: Batch) -> tuple[Array, Array, Array]:
         model = nnx.merge(graphdef, params, frozen)
-        seen: list[Array] = []
-        loss, count = _watched(model, batch, "expert_choice", seen)
+        with keeping("expert_choice") as seen:
+            loss, count = cross_entropy(model, *batch)
         return loss, count, counts(seen, model.cfg.num_experts, _real(batch))
 
     return step
@@ -134,13 +133,3 @@ def eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, Any, Batch], tuple[Array
 def _real(batch: Batch) -> Array | None:
     """Which of the tokens that go through the model are no padding; all if None."""
     return None if batch.segment_ids is None else batch.segment_ids[:, :-1].reshape(-1) != 0
-
-
-def _watched(model: Transformer, batch: Batch, wanted: str, seen: list[Array]) -> tuple[Array, Array]:
-    def hook(_layer: Any, name: str, value: Array) -> Array:
-        if name == wanted:
-            seen.append(value)
-        return value
-
-    with tapping(hook):
-        return cross_entropy(model, *batch)
