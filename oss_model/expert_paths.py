@@ -28,15 +28,16 @@ def add_up(x, choice, weights, gate_up: dict[str, Array], down: dict[str, Array]
 
 
 def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
-    """What "auto" is: pairs for very few, groups else; on TPUs the kernel that they have (docs/benchmarks.md)."""
-    if cfg.expert_path != "auto":
-        return cfg.expert_path
-    backend, few = jax.default_backend(), UNROLLED
-    if backend == "cpu" and x.dtype == jnp.float32 and "blocks" not in gate_up:
-        few = 0  # to cut experts out costs more there than to read all of them
-    if x.shape[0] * cfg.num_experts_per_tok <= few:
-        return "pairs"
-    return "ragged" if backend == "tpu" else "grouped"
+    """What "auto" is: pairs for very few, groups else; on TPUs, of values, the kernel that they have (docs/benchmarks.md)."""
+    path, packed = cfg.expert_path, "blocks" in gate_up
+    if path == "auto":
+        backend, few = jax.default_backend(), UNROLLED
+        if backend == "cpu" and x.dtype == jnp.float32 and not packed:
+            few = 0  # to cut experts out costs more there than to read all of them
+        if x.shape[0] * cfg.num_experts_per_tok <= few:
+            return "pairs"
+        path = "ragged" if backend == "tpu" else "grouped"
+    return "grouped" if path == "ragged" and packed else path  # whose product wants the values of all experts at once
 
 
 def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
@@ -220,7 +221,7 @@ def _groups(choice: Int[Array, "t k"], count: int) -> Groups:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _grouped(x, choice, weights, gate_up, down, cfg: ModelConfig):
-    """Tokens sorted by expert, each expert on its own: for CPUs and GPUs.
+    """Tokens sorted by expert, each expert on its own: for CPUs and GPUs, and packed experts anywhere.
 
     Of values all experts at once, on as many rows each as a balanced router gives the fullest; what is more goes in blocks
     after. Of packed experts, and in the backward pass, one expert after the other: no more than one's values are in memory.
@@ -360,7 +361,7 @@ _of_bfloat16.defvjp(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _ragged(x, choice, weights, gate_up, down, cfg: ModelConfig):
-    """Rows sorted by expert, one grouped matrix product a map: for TPUs, which have a kernel for it."""
+    """Rows sorted by expert, one grouped matrix product a map: for values on TPUs, which have a kernel for it."""
     k, count = choice.shape[1], down["bias"].shape[0]
     expert = jnp.where(_here(choice, count), choice, count).reshape(-1)  # those of other devices last
     order = jnp.argsort(expert, stable=True)

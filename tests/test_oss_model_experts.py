@@ -131,6 +131,15 @@ def test_on_a_cpu_few_pairs_go_alone_where_experts_are_cheap_to_copy(cfg):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("asked", ["auto", "ragged"])
+def test_the_kernel_of_tpus_is_for_values(cfg, monkeypatch, asked):
+    """It wants those of all experts at once."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x, cfg = jnp.zeros((64, 96), jnp.bfloat16), dataclasses.replace(cfg, expert_path=asked)
+    assert expert_paths._path(x, {"bias": jnp.zeros((9, 2, 160))}, cfg) == "ragged"
+    assert expert_paths._path(x, {"bias": jnp.zeros((9, 2, 160)), "blocks": jnp.zeros(1)}, cfg) == "grouped"
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("held", [9, 4])
 @pytest.mark.parametrize("bias", [0, 30])

@@ -8,8 +8,8 @@ Examples:
         --param-dtype mxfp4 --lora '.*(q|k|v|o)_proj'
 
 scripts/tpu makes the environment that compiles for TPUs on any machine, and runs this in it. Topologies are those of libtpu:
-v5p:2x2x2 is 8 chips. No weights are needed. Equal layers are one loop (oss_model.scanned), so compiling takes a minute or two
-whatever the depth.
+v5p:2x2x2 is 8 chips. No weights are needed. Equal layers are one loop (oss_model.scanned), as in finetune.py, so compiling
+takes a minute or two whatever the depth; where rules train some layers only, each is compiled.
 
 \b
 Exit status:
@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # asked for where there is no TPU
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at a time: neither uses a TPU
 
 import click
 import jax
@@ -42,7 +43,7 @@ from oss_model.exits import run_click
 from oss_model.expert_parallel import capacity
 from oss_model.memory import size
 from oss_model.params import abstract_model
-from oss_model.scanned import scanned
+from oss_model.scanned import repeats, scanned
 from oss_model.sharding import activation_spec, check, mesh_axes, partition_specs
 from oss_model.training import Batch, optimizer, train_step
 from oss_model.training.costs import CHIPS, Chip, flops
@@ -95,8 +96,9 @@ def devices_of(topology: str) -> list[Any]:
         raise InputError(f"--topology: expected cpu:N or one of {', '.join(TPUS)} such as v5p:2x2x2, found {topology!r}")
     from jax.experimental import topologies
 
+    one = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}  # libtpu takes a host to have four
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices)
     except Exception as error:  # libtpu's are bare
         said = str(error).splitlines()[0]
         raise InputError(
@@ -129,7 +131,8 @@ def cost(plan: Plan) -> Cost:
     model = nnx.merge(*abstract_model(plan.cfg, mesh))
     if plan.lora:
         add_lora(model, plan.lora, plan.rank, rngs=nnx.Rngs(0))
-    graphdef, params, frozen = nnx.split(scanned(model), nnx.LoRAParam if plan.lora else Matching(plan.chosen), ...)
+    trained = nnx.LoRAParam if plan.lora else Matching(plan.chosen)
+    graphdef, params, frozen = nnx.split(scanned(model) if repeats(model, trained) else model, trained, ...)
     descent, everywhere = optimizer(1e-4), NamedSharding(mesh, PartitionSpec())
     like = lambda node: isinstance(node, nnx.State)  # noqa: E731
     moments = jax.tree.map(
@@ -296,7 +299,8 @@ def main(model, layers, topology, mesh, length, batch, param_dtype, remat, lora,
     cfg = {"tiny": ModelConfig.tiny, "20b": ModelConfig.gpt_oss_20b, "120b": ModelConfig.gpt_oss_120b}[model]()
     kind = topology.partition(":")[0]
     # What "auto" is on a TPU; asked for by name, since the machine that compiles is none.
-    how = {"remat": remat, "param_dtype": param_dtype, "expert_path": "auto" if kind == "cpu" else "ragged"}
+    on_tpu = "grouped" if param_dtype == "mxfp4" else "ragged"
+    how = {"remat": remat, "param_dtype": param_dtype, "expert_path": "auto" if kind == "cpu" else on_tpu}
     if layers is not None:
         how |= {"num_hidden_layers": layers, "layer_types": ()}
     cfg = dataclasses.replace(cfg, **how)
