@@ -62,6 +62,23 @@ def test_every_pair_inside_the_model(reference, dtype, compiled):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_pair_as_tpus_compute_it(reference, dtype):
+    blocks, scales = map(jnp.asarray, every_pair())
+    rows = blocks.shape[0] - blocks.shape[0] % 2
+    two = [a[:rows].reshape(2, -1, *a.shape[1:]) for a in (blocks, scales)]  # as gate and up
+    one, both = (mxfp4._by_arithmetic(*given).astype(dtype) for given in ((blocks, scales), two))
+    np.testing.assert_array_equal(bits(one), reference[dtype])
+    np.testing.assert_array_equal(bits(both), reference[dtype][:rows].reshape(2, -1, 512))
+
+
+def test_tpus_look_nothing_up():
+    given = [jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in ((2, 8, 3, 16), (2, 8, 3))]
+    traced = jax.jit(lambda *given: mxfp4.dequantize(*given, jnp.bfloat16)).trace(*given)
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu", "cuda")}
+    assert {platform: "gather" in lines for platform, lines in text.items()} == {"tpu": False, "cpu": True, "cuda": True}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_both_agree_on_the_scales_that_a_checkpoint_may_not_have(dtype):
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (3, 16, 16))
     scales = np.repeat(np.arange(253, 256, dtype=np.uint8)[:, None], 16, axis=1)
