@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--no-peer", action="store_true", help="without StandardCheckpointer, which takes twice the memory")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     checkpoint = args.checkpoint.absolute()
@@ -124,7 +125,8 @@ def main() -> None:
     if args.one:
         restore(checkpoint, args.one.split()[0], args.repeats, args.disk)
         return
-    ways = ["raw", "memory", *(f"{loader} {devices}" for devices in args.devices for loader in ("orbax", "ours"))]
+    loaders = ("ours",) if args.no_peer else ("orbax", "ours")
+    ways = ["raw", "memory", *(f"{loader} {devices}" for devices in args.devices for loader in loaders)]
     raw(checkpoint)
     found = {way: measure(way, checkpoint, args.repeats, args.disk) for way in ways}
     gigabytes = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / 1e9
