@@ -24,12 +24,13 @@ def add_up(x, choice, weights, gate_up: dict[str, Array], down: dict[str, Array]
     """float32 [t, h]: the sum of weight · expert(x) over those of the chosen experts that are in these arrays."""
     if cfg.experts_qat:
         gate_up, down = (_as_exported(stored, cfg.experts_qat) for stored in (gate_up, down))
-    return PATHS[_path(x, gate_up, cfg)](x, choice, weights, gate_up, down, cfg)
+    packed = any("blocks" in stored for stored in (gate_up, down))
+    return PATHS[_path(x, packed, cfg)](x, choice, weights, gate_up, down, cfg)
 
 
-def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
+def _path(x: Array, packed: bool, cfg: ModelConfig) -> str:
     """What "auto" is: pairs for very few, groups else; on TPUs, of values, the kernel that they have (docs/benchmarks.md)."""
-    path, packed = cfg.expert_path, "blocks" in gate_up
+    path = cfg.expert_path
     if path == "auto":
         backend, few = jax.default_backend(), UNROLLED
         if backend == "cpu" and x.dtype == jnp.float32 and not packed:
@@ -37,7 +38,7 @@ def _path(x: Array, gate_up: dict[str, Array], cfg: ModelConfig) -> str:
         if x.shape[0] * cfg.num_experts_per_tok <= few:
             return "pairs"
         path = "ragged" if backend == "tpu" else "grouped"
-    return "grouped" if path == "ragged" and packed else path  # whose product wants the values of all experts at once
+    return "grouped" if path == "ragged" and packed else path  # ragged's product wants the values of all experts at once
 
 
 def swiglu(gate: Float[Array, "*s"], up: Float[Array, "*s"], cfg: ModelConfig) -> Float[Array, "*s"]:
@@ -259,7 +260,7 @@ def _sum_of_groups(x, weights, moving, packed, choice, cfg: ModelConfig):
         return jax.lax.fori_loop(0, count, expert, jnp.zeros((choice.size + size, x.shape[1]), jnp.float32))
 
     rows = _rows(x.shape[0], k, count)
-    if packed[0]:
+    if any(packed):
         out = in_blocks(rows, 0)[groups.place]
     else:
         offsets = jnp.arange(rows, dtype=jnp.int32)

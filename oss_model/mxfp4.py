@@ -110,8 +110,8 @@ def widen_into(values: np.ndarray, out: np.ndarray) -> None:
 
 
 def dequantize(
-    blocks: UInt8[Array, "*rows groups 16"], scales: UInt8[Array, "*rows groups"], dtype
-) -> Float[Array, "*rows values"]:
+    blocks: UInt8[Array, "*rest rows groups 16"], scales: UInt8[Array, "*rest rows groups"], dtype
+) -> Float[Array, "*rest rows values"]:
     """`decode` inside the model, for jit and for any backend: never a product, whose subnormal results XLA flushes."""
     ways = {"tpu": _by_arithmetic, "default": _by_table}
     return jax.lax.platform_dependent(blocks, scales, **ways).astype(dtype)
@@ -131,14 +131,14 @@ def _by_arithmetic(blocks, scales):
     Gate and up each for itself: what is made of both at once has them side by side in memory, which bytes do not, and XLA
     would copy those of all layers.
     """
-    if blocks.ndim > 3:
+    if blocks.ndim > 3 and blocks.shape[-4] == 2:
         halves = [_by_arithmetic(b, s) for b, s in zip(jnp.moveaxis(blocks, -4, 0), jnp.moveaxis(scales, -3, 0), strict=True)]
         both = jnp.concatenate(halves, axis=-2)
         return both.reshape(*both.shape[:-2], len(halves), -1, both.shape[-1])
     blocks, scales = (jnp.moveaxis(a, axis, -1).astype(jnp.int32) for a, axis in ((blocks, -3), (scales, -2)))
     pairs = jnp.stack([_bits(nibble, scales[..., None, :]) for nibble in (blocks & 15, blocks >> 4)], axis=-2)
     values = jax.lax.bitcast_convert_type(pairs.astype(jnp.uint16), jnp.bfloat16)  # [..., groups, 16, 2, rows]
-    return jnp.moveaxis(values.reshape(-1, blocks.shape[-1]), -1, -2)
+    return jnp.moveaxis(values.reshape(*blocks.shape[:-3], -1, blocks.shape[-1]), -1, -2)
 
 
 def _bits(nibble, scales):

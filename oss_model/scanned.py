@@ -16,7 +16,7 @@ from oss_model.cache import Cache
 from oss_model.errors import InputError
 from oss_model.modeling import Transformer, TransformerBlock, rematerialized
 from oss_model.params import abstract_model
-from oss_model.taps import in_layer, keep_turns, kept_in_turn
+from oss_model.taps import after_turns, in_layer, in_turn
 
 
 class ScannedTransformer(Transformer):
@@ -43,7 +43,7 @@ class ScannedTransformer(Transformer):
 
         def turn(x, given):
             number, state = given
-            with kept_in_turn() as kept:
+            with in_turn() as kept:
                 for n, block in enumerate(nnx.merge(graphdef, state)):
                     with in_layer(number * count + n), jax.named_scope("layer"):
                         x, _ = rematerialized(block, self.cfg.remat == "block")(x, at, rope, None)
@@ -51,7 +51,7 @@ class ScannedTransformer(Transformer):
 
         turns = self.cfg.num_hidden_layers // count
         x, kept = jax.lax.scan(turn, x, (jnp.arange(turns, dtype=jnp.int32), state))
-        keep_turns(kept)
+        after_turns(kept)
         return x, None
 
 
@@ -81,7 +81,7 @@ def repeats(model: Transformer, trained: Any) -> bool:
 def scanned(model: Transformer) -> ScannedTransformer:
     """The same model, its layers stacked. They are moved: `model` has no values in them afterwards.
 
-    One parameter is in memory twice at a time. Adapted layers (`add_lora`) are stacked with their updates.
+    One parameter, of all turns, is in memory twice at a time. Adapted layers (`add_lora`) are stacked with their updates.
     """
     turn, layers = period(model.cfg.layer_types), []
     for n in range(turn):
@@ -128,7 +128,11 @@ def _stack(values: list[Any]) -> Any:
         placed = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
     if isinstance(values[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype, sharding=placed)
-    return jax.jit(lambda *values: jnp.stack(values), out_shardings=placed)(*values)
+    return jax.jit(_stacked, out_shardings=placed)(*values)
+
+
+def _stacked(*values: Any) -> Any:
+    return jnp.stack(values)
 
 
 def _unstack(value: Any) -> Sequence[Any]:

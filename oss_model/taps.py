@@ -80,7 +80,7 @@ def keeping(name: str) -> Iterator[list[jax.Array]]:
 
 
 @contextmanager
-def kept_in_turn() -> Iterator[list[jax.Array]]:
+def in_turn() -> Iterator[list[jax.Array]]:
     """What is kept in a turn of a loop, for it to return: nothing of it may leave otherwise. Empty outside of `keeping`."""
     hook = _hook.get()
     if not isinstance(hook, _Keeping):
@@ -90,7 +90,7 @@ def kept_in_turn() -> Iterator[list[jax.Array]]:
         yield values
 
 
-def keep_turns(values: list[jax.Array]) -> None:
+def after_turns(values: list[jax.Array]) -> None:
     """After the loop: what its turns returned, each array [turns, ...]."""
     hook = _hook.get()
     if isinstance(hook, _Keeping) and values:

@@ -124,22 +124,21 @@ def test_the_loop_over_experts_is_refused_where_values_are_not_at_hand(block, wh
 
 
 def test_on_a_cpu_few_pairs_go_alone_where_experts_are_cheap_to_copy(cfg):
-    values, packed = {"bias": jnp.zeros((9, 2, 160))}, {"bias": jnp.zeros((9, 2, 160)), "blocks": jnp.zeros(1)}
-    path = lambda tokens, dtype, stored: expert_paths._path(jnp.zeros((tokens, 96), dtype), stored, cfg)  # noqa: E731
-    assert path(2, jnp.bfloat16, values) == path(2, jnp.float32, packed) == "pairs"
-    assert path(2, jnp.float32, values) == path(3, jnp.bfloat16, values) == "grouped"
+    path = lambda tokens, dtype, packed: expert_paths._path(jnp.zeros((tokens, 96), dtype), packed, cfg)  # noqa: E731
+    assert path(2, jnp.bfloat16, False) == path(2, jnp.float32, True) == "pairs"
+    assert path(2, jnp.float32, False) == path(3, jnp.bfloat16, False) == "grouped"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("asked", ["auto", "ragged"])
 def test_the_kernel_of_tpus_is_for_values(cfg, monkeypatch, asked):
     """It wants those of all experts at once."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     x, cfg = jnp.zeros((64, 96), jnp.bfloat16), dataclasses.replace(cfg, expert_path=asked)
-    assert expert_paths._path(x, {"bias": jnp.zeros((9, 2, 160))}, cfg) == "ragged"
-    assert expert_paths._path(x, {"bias": jnp.zeros((9, 2, 160)), "blocks": jnp.zeros(1)}, cfg) == "grouped"
+    assert expert_paths._path(x, False, cfg) == "ragged"
+    assert expert_paths._path(x, True, cfg) == "grouped"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("held", [9, 4])
 @pytest.mark.parametrize("bias", [0, 30])

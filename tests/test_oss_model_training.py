@@ -395,11 +395,11 @@ def test_layers_in_one_loop_are_trained_as_single_ones_and_old_runs_stay_as_they
     text.write_text("Each layer is compiled once, or all of them in one loop." * 4)
     data, once = Data(text, tmp_path, 8, 16, DAY), loop.repeats
 
-    def result(run: str, steps: int, single: bool) -> dict[str, np.ndarray]:
+    def result(run: str, steps: int, single: bool, trained=nnx.Param) -> dict[str, np.ndarray]:
         monkeypatch.setattr(loop, "repeats", (lambda *_: False) if single else once)
         model = create_model_from_checkpoint(checkpoint, cfg, mesh)
         how = Training(steps, 1e-2, warmup=0, weight_decay=0.5, balance=0.1, save_every=2)
-        model = train(model, nnx.Param, data, data, how, mesh, tmp_path / run, lambda _: None)
+        model = train(model, trained, data, data, how, mesh, tmp_path / run, lambda _: None)
         assert type(model) is Transformer
         return {parameter_name(path): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(nnx.state(model))}
 
@@ -410,8 +410,8 @@ def test_layers_in_one_loop_are_trained_as_single_ones_and_old_runs_stay_as_they
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(checkpoint, nnx.state(Transformer(cfg, rngs=nnx.Rngs(0))))
     single, looped = result("single", 4, True), result("looped", 4, False)
-    layers = {run: loop._layers(tmp_path / run / "steps/4") for run in ("single", "looped")}
-    assert layers == {"single": 4, "looped": 2}
+    one_each = {run: loop._one_each(tmp_path / run / "steps/4", 2) for run in ("single", "looped")}
+    assert one_each == {"single": True, "looped": False}
     assert single.keys() == looped.keys()
     for name, value in single.items():
         # Where a gradient is next to nothing, Adam makes much of its rounding.
@@ -424,7 +424,12 @@ def test_layers_in_one_loop_are_trained_as_single_ones_and_old_runs_stay_as_they
                 np.testing.assert_allclose(other[name], one[name], rtol=1e-4)
     assert len(lines("looped")[-1]["router_evenness"]) == 4
 
-    result("old", 2, True)
-    again = result("old", 4, False)
-    assert loop._layers(tmp_path / "old/steps/4") == 4
-    assert all(value.tobytes() == again[name].tobytes() for name, value in single.items())
+    for run, whole in (("single in two parts", single), ("looped in two parts", looped)):
+        result(run, 2, whole is single)
+        again = result(run, 4, False)
+        assert loop._one_each(tmp_path / run / "steps/4", 2) == (whole is single)
+        assert all(value.tobytes() == again[name].tobytes() for name, value in whole.items())
+
+    full = lambda path, _: path[:2] in (("layers", 1), ("layers", 3))  # noqa: E731
+    result("full ones", 2, True, full)
+    result("full ones", 4, False, full)  # as many as a turn has, and yet a layer each

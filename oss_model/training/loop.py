@@ -33,14 +33,13 @@ def _tree(directory: Path) -> Any:
     return ocp.PyTreeCheckpointHandler().metadata((directory / "default").absolute()).tree  # type: ignore[arg-type]
 
 
-def _layers(directory: Path) -> int:
-    """Of how many layers there are parameters in the state of a step, as names tell them apart."""
-    return len(_tree(directory)["params"].get("layers", {}))
+def _one_each(directory: Path, turn: int) -> bool:
+    """Whether the state of a step has parameters of a layer beyond the first turn, and so is not stacked."""
+    return max(map(int, _tree(directory)["params"].get("layers", {})), default=0) >= turn
 
 
-def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, now: dict) -> Any:
-    """The state of a step, placed as `now` is; of runs begun when LoRA parameters had other names, too."""
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, now)
+def restore_step(manager: ocp.CheckpointManager, directory: Path, step: int, like: dict) -> Any:
+    """The state of a step, placed as `like` says; of runs begun when LoRA parameters had other names, too."""
     leaves = jax.tree_util.tree_flatten_with_path(_tree(directory))[0]
     before = any("lora_a" in jax.tree_util.keystr(path) for path, _ in leaves)
 
@@ -189,6 +188,7 @@ def train(
     """The model after all steps, or of the best; its state is kept in RUN/steps, and taken up from there.
 
     Args:
+      model: its parameters are moved; the model to use is the one that is returned.
       trained: a filter of `flax.nnx`.
       held_out: text to look at, or none.
       say: gets a line at a time.
@@ -203,23 +203,25 @@ def train(
         done = manager.latest_step() or 0
         if done > how.steps:
             raise InputError(f"--steps: expected {done} or more, which {run} has done already, found {how.steps}")
-        if repeats(model, trained) and not (done and _layers(run / "steps" / str(done)) > period(model.cfg.layer_types)):
+        if repeats(model, trained) and not (done and _one_each(run / "steps" / str(done), period(model.cfg.layer_types))):
             model = scanned(model)  # a run that was begun with a layer each goes on so
         graphdef, params, frozen = nnx.split(model, trained, ...)
+        del model  # which would hold what is replaced
         moments = jax.tree.map(lambda a: a if a.ndim else jax.device_put(a, everywhere), descent.init(params))
 
         # What comes out of a step is placed as what went in; frozen parameters go in only.
         placed = jax.tree.map(lambda a: a.sharding, (params, moments))
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": params, "moments": moments})
         step_of = train_step(graphdef, descent, how.accumulate, how.balance)
         compiled = jax.jit(step_of, donate_argnums=(0, 1), out_shardings=(*placed, everywhere))
         looked_at = jax.jit(eval_step(graphdef), out_shardings=everywhere)
 
         def restored(step: int) -> tuple[Any, Any]:
-            now = {"params": params, "moments": moments}
-            found = restore_step(manager, run / "steps" / str(step), step, now)
+            found = restore_step(manager, run / "steps" / str(step), step, like)
             return found["params"], found["moments"]
 
         if done:
+            params = moments = None  # not beside what takes their place
             params, moments = restored(done)
             say(f"resumed after step {done}")
         log = Log(run, done)
@@ -248,9 +250,9 @@ def train(
         if how.best and (best := manager.best_step()) is not None:
             say(f"the result is that of step {best}, whose held-out loss is the lowest")
             if best != how.steps:
-                params, _ = restored(best)
+                params = restored(best)[0]
         model = nnx.merge(graphdef, params, frozen)
-        del params, frozen, moments  # of which each is now in the model alone, or not wanted
+        del params, frozen, moments  # what is still wanted is in the model
         return unscanned(model) if isinstance(model, ScannedTransformer) else model
 
 

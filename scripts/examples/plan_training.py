@@ -9,7 +9,7 @@ Examples:
 
 scripts/tpu makes the environment that compiles for TPUs on any machine, and runs this in it. Topologies are those of libtpu:
 v5p:2x2x2 is 8 chips. No weights are needed. Equal layers are one loop (oss_model.scanned), as in finetune.py, so compiling
-takes a minute or two whatever the depth; where rules train some layers only, each is compiled.
+takes a few minutes whatever the depth; where rules train some layers only, each is compiled.
 
 \b
 Exit status:
@@ -96,7 +96,7 @@ def devices_of(topology: str) -> list[Any]:
         raise InputError(f"--topology: expected cpu:N or one of {', '.join(TPUS)} such as v5p:2x2x2, found {topology!r}")
     from jax.experimental import topologies
 
-    one = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}  # libtpu takes a host to have four
+    one = {"chips_per_host_bounds": (1, 1, 1)} if shape in ("1x1", "1x1x1") else {}  # libtpu takes a host to have four
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices)
     except Exception as error:  # libtpu's are bare
