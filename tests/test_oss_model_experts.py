@@ -129,6 +129,29 @@ def test_on_a_cpu_few_pairs_go_alone_where_experts_are_cheap_to_copy(cfg):
     assert path(2, jnp.float32, False) == path(3, jnp.bfloat16, False) == "grouped"
 
 
+@pytest.mark.parametrize("which", ["gate_up", "down"])
+def test_one_packed_map_is_as_if_both_were(cfg, which):
+    """As where `experts_qat` has made values of the other: its packed experts are dequantized one at a time, too."""
+    rng = np.random.default_rng(0)
+    cfg = dataclasses.replace(cfg, num_experts=32, num_experts_per_tok=4, expert_path="ragged")
+    shapes = {"gate_up": (32, 2, 512, 16, 16), "down": (32, 512, 16, 16)}
+    packed = {name: jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for name, shape in shapes.items()}
+    maps = {}
+    for name, blocks in packed.items():
+        scales, bias = jnp.full(blocks.shape[:-1], 118, jnp.uint8), jnp.zeros(blocks.shape[:-2], jnp.float32)
+        values = {"weight": expert_paths.dequantize(blocks, scales, jnp.bfloat16), "bias": bias}
+        maps[name] = values, {"blocks": blocks, "scales": scales, "bias": bias}
+    x = jnp.asarray(rng.standard_normal((16, 512)), jnp.bfloat16)
+    choice, weights = jnp.asarray(rng.integers(0, 32, (16, 4)), jnp.int32), jnp.full((16, 4), 0.25, jnp.bfloat16)
+    run = jax.jit(expert_paths.add_up, static_argnums=5)
+    mixed = [maps[name][name == which] for name in maps]
+    want = run(x, choice, weights, *(maps[name][0] for name in maps), cfg)
+    np.testing.assert_allclose(run(x, choice, weights, *mixed, cfg), want, atol=2**-6 * float(jnp.abs(want).max()))
+    text, one = run.lower(x, choice, weights, *mixed, cfg).as_text(), "x".join(map(str, shapes[which][1:]))
+    assert f"tensor<{one}xui32>" in text  # looked up, of one expert
+    assert f"tensor<32x{one}xui32>" not in text
+
+
 @pytest.mark.parametrize("asked", ["auto", "ragged"])
 def test_the_kernel_of_tpus_is_for_values(cfg, monkeypatch, asked):
     """It wants those of all experts at once."""
