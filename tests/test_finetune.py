@@ -57,6 +57,12 @@ def source(even_cfg, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "source", cfg)
 
 
+@pytest.fixture(scope="module")
+def single(even_checkpoints) -> Path:
+    """Two layers, which are one turn: a layer each."""
+    return even_checkpoints["float32"].parent / "source"
+
+
 def command(src: Path, text: Path, run: Path, *options: str) -> list[str]:
     return [sys.executable, *map(str, (SCRIPT, src, text, run)), *FAST, *options]
 
@@ -254,6 +260,10 @@ def test_speed_is_measured_after_compiling(source, text, tmp_path):
 @pytest.fixture
 def chats(source, tmp_path) -> tuple[Path, Path, Path]:
     """The source with a tokenizer and a template, chats to train on, and others."""
+    return at_home(source, tmp_path)
+
+
+def at_home(source: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
     home = shutil.copytree(source, tmp_path / "home")
     write_tokenizer(home)
     said = [chat("abcdefgh"[: 1 + n % 8], "yes" if n % 2 else "no") for n in range(40)]
@@ -321,10 +331,11 @@ def timeless(run: Path) -> list[dict]:
 
 
 @pytest.mark.long
-def test_two_processes_do_what_one_does_and_go_on_bit_for_bit(chats, tmp_path, start):
-    source, file, others = chats
+@pytest.mark.parametrize(("layers", "rate"), [("single", "1e-2"), ("source", "3e-3")])  # in four rounding grows faster
+def test_two_processes_do_what_one_does_and_go_on_bit_for_bit(layers, rate, request, tmp_path, start):
+    source, file, others = at_home(request.getfixturevalue(layers), tmp_path)
     options = [*CHATS, "--batch", "16", "--eval", str(others), "--mesh", "fsdp=8", "--schedule", "constant"]
-    options += ["--learning-rate", "3e-3", "--save-every", "3", "--steps"]  # with 1e-2 rounding grows fourfold a step
+    options += ["--learning-rate", rate, "--save-every", "3", "--steps"]
     together(start, 1, source, file, tmp_path / "one", *options, "6")
     said = together(start, 2, source, file, tmp_path / "two", *options, "6")
     assert said[0].count("step ") > 3
