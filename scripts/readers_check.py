@@ -2,10 +2,12 @@
 
 OpenAI's torch model (gpt-oss) reads the OpenAI exports, mlx-lm those for Hugging Face. A quantized export is compared with our
 model that trains for it (`cfg.experts_qat`). mlx-lm always rounds the ends of YaRN's range, as `rope_truncate` does, and is
-held against that; gpt-oss does not, so how far its logits are from the published model's is shown too.
+held against that; gpt-oss does not, so how far its logits are from the published model's is shown too. Last, the harness is
+asked about mlx-lm itself (scripts/examples/compare_mlx_lm.py): it has to name that, and to find nothing where it is right.
 """
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import mlx.core as mx
 import numpy as np
 import torch
+from compare_mlx_lm import MlxModel
 from gpt_oss.torch.model import Transformer as OpenAI
 from mlx_lm.utils import load_model
 
@@ -20,6 +23,7 @@ from converter import convert
 from oss_model import ModelConfig
 from oss_model.params import create_model_from_checkpoint
 from oss_model.synthetic import write_checkpoint
+from parity import compare
 
 GATE = 1e-5  # relative L2: both compute in float32, five layers
 
@@ -39,6 +43,19 @@ def by_mlx(path: Path, tokens: np.ndarray) -> np.ndarray:
 def by_us(path: Path, tokens: np.ndarray, **changes) -> np.ndarray:
     cfg = dataclasses.replace(ModelConfig.from_json(path / "config.json"), dtype=np.float32, **changes)
     return np.asarray(create_model_from_checkpoint(path, cfg)(jnp.asarray(tokens[None]))[0])
+
+
+def found_in_mlx(path: Path) -> str:
+    report = compare(path, MlxModel(path))
+    return report.verdict if report.diagnosis is None else report.diagnosis["name"]
+
+
+def rounding_its_range(path: Path) -> Path:
+    """The same model, of a configuration that asks for what mlx-lm does."""
+    config = json.loads((path / "config.json").read_text())
+    config["rope_scaling"]["truncate"] = True
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def main() -> None:
@@ -65,6 +82,7 @@ def main() -> None:
             ("gpt-oss", "bfloat16 --to openai, quantized", by_openai(root / "quantized-openai", tokens), trained, GATE),
             ("mlx-lm", "bfloat16 --to hf, quantized", by_mlx(root / "quantized-hf", tokens), trained_rounded, GATE),
         ]
+        named = [found_in_mlx(root / "served-hf"), found_in_mlx(rounding_its_range(root / "served-hf"))]
     wrong = 0
     print(f"{'reader':8}  {'export':38}  {'relative L2':>11}  same top token")
     for reader, export, got, want, gate in rows:
@@ -74,6 +92,9 @@ def main() -> None:
         print(f"{reader:8}  {export:38}  {off:11.1e}  {same:.0%}{'' if off <= gate and same == 1 else '   <- wrong'}")
     off = float(np.linalg.norm(rounded - published) / np.linalg.norm(published))
     print(f"mlx-lm's rounded YaRN range alone moves the logits by {off:.1%} (40 tokens)")
+    print(f"check-parity of mlx-lm: {named[0]}; where the configuration rounds it too: {named[1]}")
+    if named != ["yarn-truncated", "pass"]:
+        raise SystemExit("it should be yarn-truncated, then pass")
     if wrong:
         raise SystemExit(f"{wrong} of {len(rows)} are not as they should be")
 

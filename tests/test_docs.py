@@ -39,6 +39,7 @@ ELSEWHERE = {
     "./scripts/demo": ("scripts/wheel", "check-parity --layers"),  # its commands, from the wheel
     "check-parity --layers": ("scripts/wheel", "check-parity --layers"),
     "./scripts/readers": (".ci/run", "./scripts/readers"),
+    "PYTHONPATH=.venv/readers python scripts/examples/compare_mlx_lm.py SRC": ("scripts/readers_check.py", "MlxModel("),
     "./scripts/tunix": (".ci/run", "./scripts/tunix"),
     "./scripts/learn": (".ci/run", "./scripts/learn"),
     "verify-oss gs://…": ("tests/test_converter_bucket.py", "verify_main("),
