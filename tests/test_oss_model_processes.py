@@ -53,6 +53,7 @@ def test_each_process_reads_its_share(runs, count):
         assert found["read"] <= 1.05 * found["share"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", ["2", "4"])
 def test_a_step_together_is_a_step_alone(runs, count, checkpoint):
     """The loss, and every parameter after it: read back from what the processes saved together, by one process."""

@@ -279,6 +279,7 @@ def test_a_model_that_divides_by_little(cfg, checkpoints):
         assert_equal_to_noise(compiled_step(model, tokens_of(ODD))[1](), expected)
 
 
+@pytest.mark.long
 def test_decoding_on_a_mesh(even_cfg, even_checkpoints):
     mesh, tokens = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2}), tokens_of((4, 20))
 
@@ -295,6 +296,7 @@ def test_decoding_on_a_mesh(even_cfg, even_checkpoints):
     assert made == generate(create_model_from_checkpoint(even_checkpoints["float32"], even_cfg), [[5, 6, 7], [8]], 6)
 
 
+@pytest.mark.long
 def test_lora_over_packed_experts_on_a_mesh(even_cfg, even_checkpoints):
     def gradients(mesh):
         model = create_model_from_checkpoint(even_checkpoints["mxfp4"], even_cfg, mesh)

@@ -357,6 +357,7 @@ def test_a_flip_is_explained_by_a_margin_within_the_noise():
 # --- the command ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_writes_what_the_json_promises(tmp_path, sources, checkpoints):
     file = tmp_path / "report.json"
     result = CliRunner().invoke(main, [str(sources["hf"]), str(checkpoints["bfloat16"]), "--layers", "--json", str(file)])

@@ -128,6 +128,7 @@ def test_what_follows_from_a_tap_is_said_to_and_what_was_lost_in_loading_too(sou
     assert follow == [(["jit", "generate"], {"layer": 0, "tap": "attn_core"})]
 
 
+@pytest.mark.long
 def test_a_form_that_is_wrong_elsewhere_does_not_follow(subject, reference):
     """Than a tap that is wrong by itself."""
     report = Report("source", "checkpoint", "model", 1, 0, taps=[TapResult(3, "mlp_out", 1.0, 1.0, "fail")])

@@ -17,6 +17,7 @@ def test_help_says_exit_codes():
     assert "0 pass, 1 diverged, 2 bad input, 3 incomplete" in CliRunner().invoke(parity_cli.main, ["-h"]).output
 
 
+@pytest.mark.long
 def test_the_example_of_a_model_of_ones_own_passes_and_its_mistakes_do_not(monkeypatch, sources, checkpoints):
     from parity import compare
 
