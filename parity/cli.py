@@ -1,6 +1,5 @@
 """The command line of check-parity: parse, call, print."""
 
-import contextlib
 import json
 import shlex
 import sys
@@ -66,7 +65,8 @@ class _Command(click.Command):
 @optgroup.option(
     "--self-test",
     is_flag=True,
-    help="Test the tool itself: put every known mistake into a right port, one at a time. Takes 45 minutes.",
+    help="Test the tool itself: put every known mistake into a right port, one at a time. Takes an hour of CPU time, shared "
+    "among the cores.",
 )
 @optgroup.group("The prompt")
 @optgroup.option(
@@ -232,17 +232,14 @@ def _two_prompts(context: click.Context) -> list[str]:
 
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
-    import jax
-
-    with contextlib.suppress(RuntimeError):  # they are there already
-        jax.config.update("jax_num_cpu_devices", 8)  # mistakes of meshes are put into this process
     from converter import convert
     from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
-    from parity.mistakes.selftest import self_test
+    from parity.mistakes.selftest import in_processes, processes_here
     from parity.progress import progress_bar
 
+    names = (*RUNNING, *EQUIVALENT_RUNS)
     with progress_bar() as progress:
-        result = self_test(scratch, convert, running=(*RUNNING, *EQUIVALENT_RUNS), progress=progress)
+        result = in_processes(processes_here(), scratch, convert, running=names, progress=progress)
     _print(lambda width: result.table(), files)
     _write_each({form: (file, lambda: result.to_json() + "\n") for form, file in files.items()})
     return result.exit_code

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import re
 import types
 from pathlib import Path
@@ -86,6 +87,7 @@ def only(*names):
     return lambda fault: fault.name in names
 
 
+@pytest.mark.long
 def test_a_mistake_that_is_missed_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
     monkeypatch.setattr(metrics, "TIMES", 1e9)
     monkeypatch.setattr(metrics, "FREE_RUN_GATE", 10.0)
@@ -135,6 +137,8 @@ def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(running, "EQUIVALENT_RUNS", {})
     monkeypatch.setattr(selftest, "_layers", lambda *_: [0])
     monkeypatch.setattr(selftest, "ModelConfig", types.SimpleNamespace(tiny=lambda: SMALL, from_json=ModelConfig.from_json))
+    # Another process would know nothing of this.
+    monkeypatch.setattr(selftest, "in_processes", lambda count, *given, **options: selftest.self_test(*given, **options))
     run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
     said = json.loads((tmp_path / "out.json").read_text())
     assert [(one["seed"], one["found"], one["named"], one["false"]) for one in said["running"]] == [
@@ -144,6 +148,26 @@ def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     assert said["exit_code"] == 0
     run = CliRunner().invoke(main, ["--self-test", str(sources["hf"]), "--html", str(tmp_path / "x.html")])
     assert (run.exit_code, len(run.stderr.splitlines())) == (2, 2)
+
+
+@pytest.mark.long
+def test_processes_share_the_runs(tmp_path):
+    seen = []
+    equivalent = operator.attrgetter("equivalent")
+    options = {"cfg": SMALL, "seeds": 2, "depths": 1, "only": equivalent, "running": ["generate-ignores-eos"]}
+    result = selftest.in_processes(2, tmp_path, convert, progress=lambda *state: seen.append(state), **options)
+    assert (result.healthy, result.equivalent) == (2 * len(selftest.HEALTHY), 2 * len(faults.EQUIVALENT))
+    assert sorted(one.seed for one in result.running) == [0, 1]
+    assert not result.alarms
+    count = 2 * (len(selftest.HEALTHY) + len(faults.EQUIVALENT) + 1)
+    assert {total for _, total, _ in seen} == {count}
+    assert seen[-1][0] == count - 2  # each process says what it begins
+
+
+def test_a_process_that_ends_before_its_time_ends_the_self_test(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="a process of the self-test ended before its time"):
+        selftest.in_processes(2, tmp_path, operator.not_, cfg=SMALL, progress=lambda *state: None)
+    assert "TypeError" in capfd.readouterr().err
 
 
 # --- proofs that what is called equivalent is -------------------------------------------------------------------

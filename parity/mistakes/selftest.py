@@ -5,17 +5,24 @@ compute in other orders, must not be alarmed about. Beside it, what today's prac
 token's logits on a short prompt.
 """
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing.connection
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import torch
+import transformers
 
 from oss_model import ModelConfig
+from oss_model.memory import CORES
 from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
@@ -44,8 +51,11 @@ HEALTHY: tuple[dict[str, Any], ...] = (
     {"compiled": True},
 )
 TRUE_TOO = {"rope-missing": "rope-not-on-k"}  # of k, at its own tap
+DEVICES = 8  # simulated, for the mistakes of meshes
+PROCESS_BYTES = 4 << 30  # what one comes to take, with all that it compiles
 KINDS = (LOGITS, TOKENS, GRADIENTS, UPDATED)
 Convert = Callable[..., Any]
+Progress = Callable[[int, int, str], None]
 
 
 class Outcome(NamedTuple):
@@ -82,6 +92,14 @@ class SelfTest:
     healthy: int = 0
     equivalent: int = 0
     seconds: float = 0.0
+
+    def add(self, other: "SelfTest") -> None:
+        """What another process found."""
+        self.outcomes += other.outcomes
+        self.running += other.running
+        self.alarms += other.alarms
+        self.healthy += other.healthy
+        self.equivalent += other.equivalent
 
     @property
     def exit_code(self) -> int:
@@ -141,7 +159,8 @@ def self_test(
     golden: bool = False,
     only: Callable[[Fault], bool] = lambda fault: True,
     running: Iterable[str] = (),
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    share: tuple[int, int] = (0, 1),
+    progress: Progress = lambda done, total, what: None,
 ) -> SelfTest:
     """Inject the catalogue.
 
@@ -155,62 +174,128 @@ def self_test(
       only: which mistakes.
       running: names of `parity.mistakes.running.RUNNING` and EQUIVALENT_RUNS: each is put into one of the ways to run the
         checkpoint. Meshes take simulated devices in this process, where the mistake is.
+      share: (which, of how many): every so-many-th run of each seed. See `in_processes`.
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
     start, result, cfg = time.monotonic(), SelfTest(), cfg or ModelConfig.tiny()
-    done, names = 0, list(running)
+    done, names, (which, of) = 0, list(running), share
     for seed in range(seeds):
-        work = scratch / f"seed-{seed}"
-        source, checkpoint, packed = work / "source", work / "checkpoint", work / "packed"
-        write_checkpoint(source, cfg, seed=seed)
-        convert(source, checkpoint)
-        convert(source, packed, "mxfp4")
-        reference, read = _Kept(source), {}
-        oracle: Oracle = reference
-        if golden:
-            compare(reference, Candidate(checkpoint), seed=seed, record=work / "recording")
-            oracle = Recording(work / "recording")
-        fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, reference.settings)]
-        places = [(fault, n) for fault in fitting for n in _layers(fault, cfg, depths)]
-        total = seeds * (len(places) + len(HEALTHY) + len(names))
-        usual = _last_logits(reference, seed)
-        for options in HEALTHY:
-            progress(done, total, "healthy")
-            report = compare(oracle, Candidate(checkpoint, **options), seed=seed)
-            result.healthy += 1
-            if report.verdict != "pass":
-                result.alarms.append(f"healthy {options}, seed {seed}: {_said(report)}")
-            done += 1
-        for fault, n in places:
-            progress(done, total, fault.name)
-            if fault.name in INJECTIONS:
-                port, changed = Faulty(checkpoint, fault.name, n, read), []
-            else:
-                port, changed = _corrupted(fault, n, source, checkpoint, packed, work / f"wrong-{done}", convert)
-            report = compare(oracle, port, seed=seed)
-            result.alarms += [f"{fault.name}, layer {n}, seed {seed}: {error}" for error in report.errors]
-            if fault.equivalent:
-                result.equivalent += 1
-                named = report.diagnosis is not None and report.diagnosis["name"] == fault.name
-                if report.verdict != "pass" and not named:  # where it does show, by its own name
-                    result.alarms.append(f"{fault.name}, layer {n}, seed {seed}: {_said(report)}")
-            else:
-                result.outcomes.append(_judged(fault, n, seed, report, changed, _cosine(usual, _last_logits(port, seed))))
-            done += 1
-        asked = _Asked(source)
-        for name in names:
-            progress(done, total, name)
-            if name in RUNNING:
-                result.running.append(_run(name, RUNNING[name], work, asked, seed))
-            else:
-                result.equivalent += 1
-                _, report = _ran(EQUIVALENT_RUNS[name], work, asked, seed)
-                if report.verdict != "pass":
-                    result.alarms.append(f"{name}, seed {seed}: {_said(report)}")
+        bench = _Bench(result, scratch / f"seed-{seed}", convert, cfg, seed, golden)
+        fitting = [fault for fault in CATALOGUE.values() if only(fault) and applies(fault, bench.reference.settings)]
+        runs: list[tuple[str, Callable[[], None]]] = [
+            *(("healthy", partial(bench.run_right, options)) for options in HEALTHY),
+            *((fault.name, partial(bench.put_in, fault, n)) for fault in fitting for n in _layers(fault, cfg, depths)),
+            *((name, partial(bench.run_wrong, name)) for name in names),
+        ]
+        mine = runs[which::of]
+        for what, run in mine:
+            progress(done, seeds * len(mine), what)
+            run()
             done += 1
     result.seconds = time.monotonic() - start
     return result
+
+
+class _Bench:
+    """A checkpoint and prompt of one seed, with what is compared with it; what comes out goes into `result`."""
+
+    def __init__(self, result: SelfTest, work: Path, convert: Convert, cfg: ModelConfig, seed: int, golden: bool):
+        self.result, self.work, self.convert, self.seed = result, work, convert, seed
+        self.source, self.checkpoint, self.packed = work / "source", work / "checkpoint", work / "packed"
+        write_checkpoint(self.source, cfg, seed=seed)
+        convert(self.source, self.checkpoint)
+        convert(self.source, self.packed, "mxfp4")
+        self.reference = _Kept(self.source)
+        self.oracle: Oracle = self.reference
+        if golden:
+            compare(self.reference, Candidate(self.checkpoint), seed=seed, record=work / "recording")
+            self.oracle = Recording(work / "recording")
+        self.usual = _last_logits(self.reference, seed)
+        self.read: dict[str, Any] = {}
+        self.asked = _Asked(self.source)
+
+    def run_right(self, options: dict[str, Any]) -> None:
+        report = compare(self.oracle, Candidate(self.checkpoint, **options), seed=self.seed)
+        self.result.healthy += 1
+        if report.verdict != "pass":
+            self.result.alarms.append(f"healthy {options}, seed {self.seed}: {_said(report)}")
+
+    def put_in(self, fault: Fault, n: int | None) -> None:
+        result, at = self.result, f"{fault.name}, layer {n}, seed {self.seed}"
+        if fault.name in INJECTIONS:
+            port, changed = Faulty(self.checkpoint, fault.name, n, self.read), []
+        else:
+            out = self.work / f"{fault.name}-{n}"
+            port, changed = _corrupted(fault, n, self.source, self.checkpoint, self.packed, out, self.convert)
+        report = compare(self.oracle, port, seed=self.seed)
+        result.alarms += [f"{at}: {error}" for error in report.errors]
+        if fault.equivalent:
+            result.equivalent += 1
+            named = report.diagnosis is not None and report.diagnosis["name"] == fault.name
+            if report.verdict != "pass" and not named:  # where it does show, by its own name
+                result.alarms.append(f"{at}: {_said(report)}")
+        else:
+            cosine = _cosine(self.usual, _last_logits(port, self.seed))
+            result.outcomes.append(_judged(fault, n, self.seed, report, changed, cosine))
+
+    def run_wrong(self, name: str) -> None:
+        if name in RUNNING:
+            self.result.running.append(_run(name, RUNNING[name], self.work, self.asked, self.seed))
+        else:
+            self.result.equivalent += 1
+            _, report = _ran(EQUIVALENT_RUNS[name], self.work, self.asked, self.seed)
+            if report.verdict != "pass":
+                self.result.alarms.append(f"{name}, seed {self.seed}: {_said(report)}")
+
+
+def processes_here() -> int:
+    """How many of them this machine has cores and memory for; one, where they would share an accelerator."""
+    import psutil
+
+    return max(1, min(CORES, psutil.virtual_memory().available // PROCESS_BYTES)) if jax.default_backend() == "cpu" else 1
+
+
+def in_processes(processes: int, scratch: Path, convert: Convert, *, progress: Progress, **options: Any) -> SelfTest:
+    """`self_test(**options)`, with its runs shared among processes of this machine.
+
+    Raises:
+      RuntimeError: a process ended without its results; what it said of that is on stderr.
+    """
+    spawn, start, result = multiprocessing.get_context("spawn"), time.monotonic(), SelfTest()
+    with contextlib.ExitStack() as stack:
+        done: dict[Connection, tuple[int, int]] = {}
+        for which in range(processes):
+            ours, theirs = spawn.Pipe(duplex=False)
+            given = options | {"share": (which, processes)}
+            process = spawn.Process(target=_process, args=(theirs, scratch / str(which), convert, given), daemon=True)
+            process.start()
+            stack.callback(process.terminate)
+            theirs.close()  # so that its end is seen here
+            done[ours] = (0, 0)
+        working = list(done)
+        while working:
+            for pipe in multiprocessing.connection.wait(working):
+                assert isinstance(pipe, Connection)
+                try:
+                    said = pipe.recv()
+                except EOFError:
+                    raise RuntimeError("a process of the self-test ended before its time") from None
+                if isinstance(said, SelfTest):
+                    result.add(said)
+                    working.remove(pipe)
+                else:
+                    *done[pipe], what = said
+                    if all(total for _, total in done.values()):
+                        progress(*map(sum, zip(*done.values(), strict=True)), what)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def _process(pipe: Connection, scratch: Path, convert: Convert, options: dict[str, Any]) -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    transformers.logging.set_verbosity_error()
+    pipe.send(self_test(scratch, convert, progress=lambda *state: pipe.send(state), **options))
 
 
 def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> RunOutcome:
