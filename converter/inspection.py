@@ -18,7 +18,6 @@ from converter.manifest import read_manifest
 from converter.orbax_source import OrbaxSource, stored_arrays
 from converter.plan import make_plan
 from converter.source import open_checkpoint
-from oss_model import layouts
 from oss_model.buckets import path_of
 from oss_model.config import ModelConfig
 from oss_model.errors import InputError, nothing_at
@@ -110,8 +109,7 @@ def _for_a_model(directory: Path, source: Source, ours: bool) -> list[str]:
     if isinstance(source, OrbaxSource):
         return [f"create_model_from_checkpoint({str(source.directory)!r}, cfg)", f"convert-oss {directory} OUT", *found]
     packed = [f"convert-oss {directory} OUT --dtype mxfp4"] if source.layout.packed else []
-    foreign = source.layout in (layouts.TORCHTITAN, layouts.UNSLOTH, layouts.MLX)
-    proof = [] if foreign else [f"check-parity {directory} OUT --layers"]
+    proof = [] if source.layout.foreign else [f"check-parity {directory} OUT --layers"]
     return [f"convert-oss {directory} OUT", *packed, *proof, *found]
 
 

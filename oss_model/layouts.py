@@ -105,9 +105,16 @@ _ABOVE = {"q": (), "k": ("(heads dim)",), "v": ("(heads dim)", "(kv dim)")}  # q
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
+    """
+    Attributes:
+      title: for people; it begins with the name.
+      foreign: whether transformers does not load it, or would load it wrongly.
+    """
+
     name: str
     title: str
     rows: tuple[Row, ...]
+    foreign: bool = False
 
     @property
     def packed(self) -> bool:
@@ -138,6 +145,7 @@ TORCHTITAN = Layout(
             "down.weight": Row(f"{_HF}.mlp.experts.down_proj_blocks", "layers.{n}.mlp.down.weight", _DOWN_OUT_IN),
         },
     ),
+    foreign=True,
 )
 
 
@@ -162,6 +170,7 @@ UNSLOTH = Layout(
             "router.bias": Row(f"{_HF}.mlp.router.linear.bias", "layers.{n}.mlp.router.bias", "experts -> experts"),
         },
     ),
+    foreign=True,
 )
 
 
@@ -185,6 +194,7 @@ MLX = Layout(
             "down.bias": Row(f"{_HF}.mlp.experts.down_proj.bias", "layers.{n}.mlp.down.bias", _DOWN_BIAS),
         },
     ),
+    foreign=True,
 )
 OPENAI = Layout(
     "openai",

@@ -33,7 +33,7 @@ def layout_faults(source: Path) -> list[str]:
     if isinstance(source, GsPath) and not is_orbax(source):
         return [f"{source}: expected safetensors on a disk, where PyTorch reads them, found a bucket; `gcloud storage cp -r`"]
     layout = None if is_orbax(source) else layouts.recognise(Shards(source).signature())
-    if layout not in (layouts.TORCHTITAN, layouts.UNSLOTH, layouts.MLX):
+    if layout is None or not layout.foreign:
         return []
     return [
         f"{source}: expected a layout that transformers loads, found {layout.title}; convert-oss {source} OUT --to hf-bf16 "
