@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from oss_model import attention, sharding
 from oss_model.attention import PADDING, Tokens
 from oss_model.errors import raise_all
+from oss_model.gathering import gather
 
 AXIS = "context"
 
@@ -109,4 +110,4 @@ def _full(q, k, v, sinks, at: Tokens, window, block, count):
 
 
 def _gathered(a: Array) -> Array:
-    return jax.lax.all_gather(a, AXIS, axis=1, tiled=True)
+    return gather(a, (AXIS,), axis=1)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from oss_model import sharding
 from oss_model.config import ModelConfig
 from oss_model.expert_paths import add_up
+from oss_model.gathering import gather, scatter_sum
 
 if TYPE_CHECKING:
     from oss_model.experts import ExpertLinear
@@ -25,15 +26,21 @@ def add_up_on_mesh(
 
     Over the mesh axes that cut experts a token goes to each device that has any of its own, and their sums come back
     (`exchanged`); where that would send no fewer rows, and over those that cut the inner axis, tokens are gathered and their
-    sums scattered. Only where the experts are cut by `fsdp` or `context` alone is it the weights that are gathered, a layer at
-    a time, and tokens stay.
+    sums scattered. It is the weights that are gathered, a layer at a time, and tokens stay, where the experts are cut by `fsdp`
+    or `context` alone, and over those of the two that cut the inner axis beside `expert`, if a device has fewer bytes of
+    weights than of tokens.
     """
     tokens = sharding.activation_spec("blh", x.shape, mesh_shape)
     choice, weights = (a.reshape(*x.shape[:2], -1) for a in (choice, weights))
     stored = gate_up.stored(), down.stored()
     specs = tuple({name: linear.specs(cfg, mesh_shape)[name] for name in linear.stored()} for linear in (gate_up, down))
     of_experts, of_inner = (sharding.mesh_axes(specs[0]["bias"], axis) for axis in (0, -1))
-    gathered = () if "expert" in of_experts else tuple(a for a in (*of_experts, *of_inner) if a in sharding.SHARES)
+    gathered = tuple(a for a in (*of_experts, *of_inner) if a in sharding.SHARES)
+    if "expert" in of_experts:
+        parts, rows = (math.prod(mesh_shape[a] for a in axes) for axes in (of_experts + of_inner, _cuts(tokens)))
+        weights_here = sum(a.nbytes for a in jax.tree.leaves(stored)) / parts
+        tokens_here = x.size / rows * (x.dtype.itemsize + 4)  # there in their own dtype, their sums back in float32
+        gathered = tuple(a for a in gathered if a in of_inner) if weights_here < tokens_here else ()
     of_experts, of_inner = (tuple(a for a in axes if a not in gathered) for axes in (of_experts, of_inner))
     # Along these the tokens travel; along the others, of the same tokens, sums are added up in place.
     token_axes = tuple(a for n in (0, 1) for a in sharding.mesh_axes(tokens, n) if a in of_experts + of_inner)
@@ -43,7 +50,7 @@ def add_up_on_mesh(
     def whole(array: Array, spec: PartitionSpec) -> Array:
         for axis in range(len(spec)):
             if shares := tuple(a for a in sharding.mesh_axes(spec, axis) if a in gathered):
-                array = jax.lax.all_gather(array, shares, axis=axis, tiled=True)
+                array = gather(array, shares, axis)
         return array
 
     def local(x, choice, weights, *stored):
@@ -68,7 +75,7 @@ def add_up_on_mesh(
         travel = to_experts if room < rows else ()
         gathering = tuple(a for a in token_axes if a not in travel)
         if gathering:
-            x, choice, weights = (jax.lax.all_gather(a, gathering, tiled=True) for a in (x, choice, weights))
+            x, choice, weights = (gather(a, gathering) for a in (x, choice, weights))
         if travel:
             # Which of the devices along `travel` has an expert; none where it is along the other axes that its owner differs.
             sizes = [mesh_shape[a] for a in of_experts]
@@ -81,13 +88,17 @@ def add_up_on_mesh(
         else:
             total = add(x, choice, weights, gate_up, down)
         total = jax.lax.psum(total, sum_axes) if sum_axes else total
-        total = jax.lax.psum_scatter(total, gathering, tiled=True) if gathering else total
+        total = scatter_sum(total, gathering) if gathering else total
         return total.astype(x.dtype).reshape(shape)
 
     inputs = (tokens, tokens, tokens, *specs)
     # check_vma: the paths start their sums from zeros, which it would have them mark as different on every device.
     on_devices = jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)
     return on_devices(x, choice, weights, *stored)
+
+
+def _cuts(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(a for n in range(len(spec)) for a in sharding.mesh_axes(spec, n))
 
 
 def capacity(tokens: int, cfg: ModelConfig, devices: int) -> int:

@@ -8,7 +8,7 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
   reads its share and no more. Parameters are gathered where they are used.
 - `tensor`: attention heads, the inner axis of the experts, the vocabulary.
 - `expert`: the experts, the vocabulary, and the batch. Experts stay where they are and tokens travel
-  (`oss_model.expert_parallel`); with it on, `fsdp` cuts the experts further and moves no weights either.
+  (`oss_model.expert_parallel`); with it on, `fsdp` cuts the experts further, and moves weights only where it cuts within one.
 - `context`: the length (`oss_model.context_parallel`), and the parameters as `fsdp` does.
 """
 

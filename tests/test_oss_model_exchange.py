@@ -21,8 +21,8 @@ from oss_model.experts import ExpertLinear, choose, experts, weigh
 def routed(even_cfg):
     """Of a config, tokens a device and a preference for the last experts: what to compile, and its arguments."""
 
-    def make(path, rows, length, skew):
-        cfg = dataclasses.replace(even_cfg, expert_path=path, param_dtype="float32")
+    def make(path, rows, length, skew, **sizes):
+        cfg = dataclasses.replace(even_cfg, expert_path=path, param_dtype="float32", **sizes)
         gate_up = ExpertLinear(("glu", "inner"), "hidden", cfg, rngs=nnx.Rngs(0))
         down = ExpertLinear(("hidden",), "inner", cfg, rngs=nnx.Rngs(1))
         graphdef, params = nnx.split((gate_up, down))
@@ -78,6 +78,23 @@ def test_what_travels_is_little_more_than_the_tokens_that_do(routed, even_cfg):
     assert 1.0 < max(sent) / even_cfg.hidden_size / rows <= 1.3
     gathered = re.findall(rf"= f32\[[\d,]*,{even_cfg.hidden_size}\]\S* (?:all-gather|reduce-scatter)\(", text)
     assert not gathered
+
+
+@pytest.mark.parametrize(("length", "travels"), [(8, "tokens"), (256, "weights")])
+@pytest.mark.parametrize("axes", [{"expert": 2, "fsdp": 4}, {"expert": 2, "context": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}],
+                         ids=name_of)  # fmt: skip
+def test_within_an_expert_the_smaller_travels(axes, length, travels, routed):
+    """Two experts, and four devices for each: their slices are gathered, or the tokens are, whichever has fewer bytes."""
+    compiled, given = routed("grouped", 8, length, 0, num_experts=2, num_experts_per_tok=1)
+    want = compiled()(*given)
+    with jax.set_mesh(mesh_of(axes)):
+        text, got = compiled().lower(*given).compile().as_text(), compiled()(*given)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", text)
+    weights = [dims for dims in gathered if dims.count(",") >= 2 and dims.startswith("1,")]  # [experts here, …]
+    assert bool(weights) == (travels == "weights"), gathered
 
 
 @pytest.mark.parametrize(("devices", "share"), [(2, 1), (4, 0.9), (8, 0.55), (32, 0.16)])  # 1: gathered, which sends no more
