@@ -87,17 +87,30 @@ def test_a_loop_in_a_loop_counts_times_both_and_one_without_a_noted_count_goes_b
   ROOT %compare.1 = pred[] compare(%i, %constant.1), direction=LT
 }
 
+%all-reduce-scatter.1.clone (p: f32[128]) -> f32[16] {
+  %all-reduce.2 = f32[128]{0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[16]{0} dynamic-slice(%all-reduce.2, %n)
+}
+
 ENTRY %main (a: f32[4]) -> f32[8] {
   %while.1 = (s32[], f32[8]{0}) while(%tuple), condition=%condition, body=%body
   %start = (f32[16]{0}, f32[16]{0}) all-reduce-start(%y), to_apply=%add
+  %before = f32[64]{0} fusion(%z), kind=kLoop, calls=%other
+  %slice = f32[16]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1.clone
+  %after = f32[8]{0} reduce-scatter(%before), replica_groups=mesh['a'=2,'b'=8] {'b'}, dimensions={0}, to_apply=%add
+  %turned = f32[6]{0} all-to-all(%w), replica_groups=[4,2]<=[8], dimensions={0}
   ROOT %done = f32[16]{0} all-reduce-done(%start)
 }
 """
     assert [tuple(one) for one in collectives(text)] == [
-        ("collective-permute", "f32[2]", 8, 60),
-        ("all-gather", "f32[8]", 32, 12),
-        ("all-reduce", "(f32[16], f32[16])", 64, 1),
+        ("reduce-scatter", "f32[128]", 512, 1, 8),
+        ("collective-permute", "f32[2]", 8, 60, 0),
+        ("all-gather", "f32[8]", 32, 12, 2),
+        ("reduce-scatter", "f32[64]", 256, 1, 8),
+        ("all-reduce", "(f32[16], f32[16])", 64, 1, 0),
+        ("all-to-all", "f32[6]", 24, 1, 2),
     ]
+    assert [one.sent for one in collectives(text)] == [512 * 7 / 8, 480, 12 * 16, 256 * 7 / 8, 128, 12]
 
 
 @pytest.mark.long

@@ -12,21 +12,29 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}  # others: 4
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:to_apply|body|calls|\w+_computations?)=\{?([^,})]+(?:, %[^,})]+)*)")
-OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
+OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((?:%([\w.\-]+))?")
 
 
 class Collective(NamedTuple):
     """
     Attributes:
-      shape: of what it gives, as HLO writes it.
+      shape: of what it gives, or of what a reduce-scatter takes, as HLO writes it.
       nbytes: of the largest array of that, on one device.
       times: how often it runs in a step.
+      devices: among how many; 0 if that is not said.
     """
 
     kind: str
     shape: str
     nbytes: int
     times: int
+    devices: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device has to send in a step, at the least: of n shares all but its own, for an all-reduce twice."""
+        others = 1 - 1 / self.devices if self.devices else 1.0
+        return self.nbytes * self.times * others * (2 if self.kind == "all-reduce" else 1)
 
 
 def collectives(text: str) -> list[Collective]:
@@ -39,15 +47,20 @@ def collectives(text: str) -> list[Collective]:
             entry = found[2] if found[1] else entry
         else:
             body.append(line)
-    counted: Counter[tuple[str, str]] = Counter()
+    counted: Counter[tuple[str, str, int]] = Counter()
 
     def walk(name: str, times: int) -> None:
+        shapes: dict[str, str] = {}
         for line in bodies.get(name, []):
             if not (found := OPERATION.match(line)):
                 continue
-            shape, operation = re.sub(r"\{[^}]*\}", "", found[1]), found[2]
-            if (kind := operation.removesuffix("-start")) in KINDS:
-                counted[kind, shape] += times
+            result, written, operation, operand = found.groups()
+            shape = shapes[result] = re.sub(r"\{[^}]*\}", "", written)
+            kind = operation.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # so XLA for TPUs writes one: what is summed, and then a slice of it
+            if kind in KINDS:
+                counted[kind, shapes.get(operand, shape) if kind == "reduce-scatter" else shape, _devices(line)] += times
             if operation == "conditional":
                 continue
             loop = _trips(line, bodies) if operation == "while" else 1
@@ -56,13 +69,25 @@ def collectives(text: str) -> list[Collective]:
                     walk(other.strip("% "), times * loop)
 
     walk(entry, 1)
-    found = [Collective(kind, shape, _largest(shape), times) for (kind, shape), times in counted.items()]
+    found = [Collective(kind, shape, _largest(shape), times, devices) for (kind, shape, devices), times in counted.items()]
     return sorted(found, key=lambda one: -one.nbytes * one.times)
 
 
 def _largest(shape: str) -> int:
     arrays = re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", shape)
     return max((WIDTHS.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n) for kind, sizes in arrays), default=0)
+
+
+def _devices(line: str) -> int:
+    """Written as lists of devices, as the shape of such lists, or as the axes of a mesh."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if shaped := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(shaped[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    return 0
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
