@@ -35,16 +35,21 @@ def cross_entropy(
         counted &= (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     x, _ = model.stream(tokens[:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1])
     length, vocab = labels.shape[1], model.cfg.vocab_size
-    # On a mesh that can cut the vocabulary as finely as the batch: tokens are gathered, a few MB, rather than `lm_head`, once a
-    # chunk and again for its gradient, 1.2 GB each time.
-    by_vocabulary = sharding.cuts_vocabulary(labels.shape[0], length, vocab)
+    # On a mesh that can cut the vocabulary in place of rows: tokens are gathered, a few MB, rather than `lm_head`, once a chunk
+    # and again for its gradient, 1.2 GB each time.
+    turned, gathered = sharding.turned_to_vocabulary(labels.shape[0], length, vocab)
     slices = sharding.slices()
-    chunk = min(-(-chunk // slices) if by_vocabulary else chunk, length // slices)
+    chunk = min(-(-chunk // slices) if "context" in turned else chunk, length // slices)
+
+    def of_all(a):
+        """[b, l, ...] -> [b / gathered, l · gathered, ...]: rows of devices that now have a part of the vocabulary, in one."""
+        a = jnp.moveaxis(a.reshape(gathered, -1, *a.shape[1:]), 0, 2)
+        return a.reshape(a.shape[0], -1, *a.shape[3:])
 
     @jax.checkpoint
     def add(total, part):
-        x, labels, counted = (a.reshape(1, -1, *a.shape[2:]) if by_vocabulary else a for a in part)
-        with sharding.whole("l" if by_vocabulary else ""):
+        x, labels, counted = map(of_all, part)
+        with sharding.whole("bl", turned):
             logits = model.unembed(x).astype(jnp.float32)
         # Not a gather, which would have the logits whole on every device.
         right = jnp.where(jnp.arange(vocab)[None, None] == labels[..., None], logits, 0).sum(axis=-1)

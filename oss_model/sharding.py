@@ -13,11 +13,13 @@ the letters of einsum strings. Activations follow the mesh that is set (`with ja
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -178,17 +180,18 @@ def replicated(x: jax.Array) -> jax.Array:
 
 def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """The cut of an activation whose axes have these letters."""
-    rules = {axis: [letter for letter in letters if letter not in _whole.get()] for axis, letters in ACTIVATIONS.items()}
+    kept = _whole.get()
+    rules = {axis: [letter for letter in letters if letter not in kept.get(axis, "")] for axis, letters in ACTIVATIONS.items()}
     return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, rules)
 
 
-_whole: ContextVar[str] = ContextVar("oss_model_whole", default="")
+_whole: ContextVar[Mapping[str, str]] = ContextVar("oss_model_whole", default=MappingProxyType({}))
 
 
 @contextmanager
-def whole(letters: str) -> Iterator[None]:
-    """Activations inside are not cut along the axes of these letters."""
-    token = _whole.set(letters)
+def whole(letters: str, names: Sequence[str]) -> Iterator[None]:
+    """Activations inside are not cut along the axes of these letters by these axes of the mesh."""
+    token = _whole.set(dict.fromkeys(names, letters))
     try:
         yield
     finally:
@@ -219,14 +222,18 @@ def joined_rows(a: jax.Array, length: int) -> jax.Array:
     return a[:, :, : length // a.shape[1]].reshape(a.shape[0], length, *a.shape[3:])
 
 
-def cuts_vocabulary(batch: int, length: int, vocab: int) -> bool:
-    """Whether the mesh that is set cuts such rows, and can cut logits along the vocabulary by all that cuts them instead."""
+def turned_to_vocabulary(batch: int, length: int, vocab: int) -> tuple[tuple[str, ...], int]:
+    """Which mesh axes that cut such rows can cut logits along the vocabulary instead; into how many parts they cut the batch.
+
+    As many as divide it, the major ones first: 201,088 columns go to 128 devices at the most.
+    """
     shape = mesh_shape()
     if not shape:
-        return False
+        return (), 1
     of_rows, columns = activation_spec("bl", (batch, length), shape), activation_spec("v", (vocab,), shape)
-    cuts = {axis for n in (0, 1) for axis in mesh_axes(of_rows, n)}
-    return bool(cuts) and cuts <= set(mesh_axes(columns, 0))
+    cuts = [axis for n in (0, 1) for axis in mesh_axes(of_rows, n)]
+    turned = tuple(itertools.takewhile(mesh_axes(columns, 0).__contains__, cuts))
+    return turned, math.prod(shape[axis] for axis in turned if axis in mesh_axes(of_rows, 0))
 
 
 def mesh_axes(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from oss_model import Transformer, create_model_from_checkpoint, cross_entropy
+from oss_model.synthetic import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,28 @@ def test_logits_of_all_tokens_are_never_there(cfg):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}], ids=str)
-def test_on_a_mesh_it_is_the_same_and_no_vocabulary_is_gathered(even_cfg, even_checkpoints, shape):
-    """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never `lm_head` or its gradient."""
+@pytest.mark.parametrize(
+    ("shape", "vocab"),
+    [
+        ({"fsdp": 8}, 512),
+        ({"fsdp": 2, "tensor": 2, "expert": 2}, 512),
+        ({"expert": 2, "fsdp": 4}, 510),
+        ({"expert": 2, "context": 2}, 510),
+    ],
+    ids=str,
+)
+def test_on_a_mesh_it_is_the_same_and_no_vocabulary_is_gathered(tmp_path, even_cfg, shape, vocab):
+    """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never `lm_head` or its gradient.
+
+    Where the vocabulary divides by one axis alone, that one cuts it, and the other goes on cutting rows.
+    """
+    source = write_checkpoint(tmp_path / "source", dataclasses.replace(even_cfg, vocab_size=vocab), "hf-bf16")
+    even_cfg = dataclasses.replace(even_cfg, vocab_size=vocab, param_dtype="float32")
     mesh = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     tokens = np.random.default_rng(2).integers(0, even_cfg.vocab_size, (8, 33), dtype=np.int32)
     mask, found = np.random.default_rng(3).random(tokens.shape) < 0.4, []
     for where in (None, mesh):
-        model = create_model_from_checkpoint(even_checkpoints["float32"], even_cfg, where)
+        model = create_model_from_checkpoint(source, even_cfg, where)
         graphdef, state = nnx.split(model)
 
         def loss(state, tokens, mask, graphdef=graphdef):
