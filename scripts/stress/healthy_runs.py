@@ -96,7 +96,7 @@ def main() -> int:
         for run in numbers:
             (layout, stored), path, dtype = kinds[run % len(kinds)]
             name, (changes, edits) = list(EXTREMES.items())[run % len(EXTREMES)]
-            layout = "hf" if edits else layout
+            layout = "hf" if edits or "layer_types" in changes else layout  # OpenAI's configurations have one pattern
             source, checkpoint = Path(scratch) / f"source-{run}", Path(scratch) / f"checkpoint-{run}"
             write_checkpoint(source, dataclasses.replace(ModelConfig.tiny(), **changes), seed=run, layout=layout)
             edited(source, edits)
