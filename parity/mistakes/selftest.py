@@ -285,9 +285,11 @@ def in_processes(processes: int, scratch: Path, convert: Convert, *, progress: P
                     result.add(said)
                     working.remove(pipe)
                 else:
-                    *done[pipe], what = said
-                    if all(total for _, total in done.values()):
-                        progress(*map(sum, zip(*done.values(), strict=True)), what)
+                    count, total, what = said
+                    done[pipe] = count, total
+                    counts, totals = zip(*done.values(), strict=True)
+                    if all(totals):
+                        progress(sum(counts), sum(totals), what)
     result.seconds = time.monotonic() - start
     return result
 

@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from oss_model import ModelConfig, create_model_from_checkpoint
+from oss_model.scanned import scanned
 from oss_model.synthetic import write_checkpoint
 from oss_model.training import Data, Training, optimizer, train, train_step
 from oss_model.training.data import put
@@ -40,7 +41,8 @@ def main() -> None:
 
         def bare() -> float:
             descent = optimizer(how.rate, how.clip, how.weight_decay)
-            graphdef, params, frozen = nnx.split(create_model_from_checkpoint(source, cfg, mesh), nnx.Param, ...)
+            model = scanned(create_model_from_checkpoint(source, cfg, mesh))  # as `train` has it
+            graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
             moments = descent.init(params)
             with jax.set_mesh(mesh):
                 step = jax.jit(train_step(graphdef, descent), donate_argnums=(0, 1))
