@@ -92,7 +92,7 @@ def main() -> None:
         print(f"{reader:8}  {export:38}  {off:11.1e}  {same:.0%}{'' if off <= gate and same == 1 else '   <- wrong'}")
     off = float(np.linalg.norm(rounded - published) / np.linalg.norm(published))
     print(f"mlx-lm's rounded YaRN range alone moves the logits by {off:.1%} (40 tokens)")
-    print(f"check-parity of mlx-lm: {named[0]}; where the configuration rounds it too: {named[1]}")
+    print(f"mlx-lm before check-parity: {named[0]}; where the configuration rounds it too: {named[1]}")
     if named != ["yarn-truncated", "pass"]:
         raise SystemExit("it should be yarn-truncated, then pass")
     if wrong:
