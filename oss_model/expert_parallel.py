@@ -24,11 +24,11 @@ def add_up_on_mesh(
 ) -> Array:
     """Each device computes its own experts, or its slice of their inner axis, for every token that is routed to them.
 
-    Over the mesh axes that cut experts a token goes to each device that has any of its own, and their sums come back
-    (`exchanged`); where that would send no fewer rows, and over those that cut the inner axis, tokens are gathered and their
-    sums scattered. It is the weights that are gathered, a layer at a time, and tokens stay, where the experts are cut by `fsdp`
-    or `context` alone, and over those of the two that cut the inner axis beside `expert`, if a device has fewer bytes of
-    weights than of tokens.
+    - On a mesh without `expert`, what `fsdp` and `context` cut is gathered, a layer at a time, and tokens stay.
+    - Over the axes that cut experts a token goes to each device that has any of its own, and their sums come back
+      (`exchanged`); where that would send no fewer rows, tokens are gathered and their sums scattered.
+    - Over those that cut within an expert tokens are gathered likewise. Those of `fsdp` and `context` that cut the tokens, too,
+      have the weights gathered instead, if a device has fewer bytes of these.
     """
     tokens = sharding.activation_spec("blh", x.shape, mesh_shape)
     choice, weights = (a.reshape(*x.shape[:2], -1) for a in (choice, weights))
@@ -37,10 +37,11 @@ def add_up_on_mesh(
     of_experts, of_inner = (sharding.mesh_axes(specs[0]["bias"], axis) for axis in (0, -1))
     gathered = tuple(a for a in (*of_experts, *of_inner) if a in sharding.SHARES)
     if "expert" in of_experts:
-        parts, rows = (math.prod(mesh_shape[a] for a in axes) for axes in (of_experts + of_inner, _cuts(tokens)))
+        of_tokens = [a for n in range(len(tokens)) for a in sharding.mesh_axes(tokens, n)]
+        parts, rows = (math.prod(mesh_shape[a] for a in axes) for axes in ((*of_experts, *of_inner), of_tokens))
         weights_here = sum(a.nbytes for a in jax.tree.leaves(stored)) / parts
         tokens_here = x.size / rows * (x.dtype.itemsize + 4)  # there in their own dtype, their sums back in float32
-        gathered = tuple(a for a in gathered if a in of_inner) if weights_here < tokens_here else ()
+        gathered = tuple(a for a in gathered if a in of_inner and a in of_tokens) if weights_here < tokens_here else ()
     of_experts, of_inner = (tuple(a for a in axes if a not in gathered) for axes in (of_experts, of_inner))
     # Along these the tokens travel; along the others, of the same tokens, sums are added up in place.
     token_axes = tuple(a for n in (0, 1) for a in sharding.mesh_axes(tokens, n) if a in of_experts + of_inner)
@@ -95,10 +96,6 @@ def add_up_on_mesh(
     # check_vma: the paths start their sums from zeros, which it would have them mark as different on every device.
     on_devices = jax.shard_map(local, in_specs=inputs, out_specs=tokens, check_vma=False)
     return on_devices(x, choice, weights, *stored)
-
-
-def _cuts(spec: PartitionSpec) -> tuple[str, ...]:
-    return tuple(a for n in range(len(spec)) for a in sharding.mesh_axes(spec, n))
 
 
 def capacity(tokens: int, cfg: ModelConfig, devices: int) -> int:

@@ -1,9 +1,9 @@
 """Arrays gathered along axes of the mesh, and sums scattered along them: within `jax.shard_map`, a few devices at a time.
 
-The gradient of a gather is a scattered sum, a reduce-scatter. Where its devices fill a slice of three dimensions (v5p 2x2x2
-and 4x4x4, and v5e 8x8), XLA for TPUs (libtpu 0.0.42.1) makes an all-reduce of it, which sends twice as much and holds the
-whole sum on every device. In two steps, each along a part of the axis, it stays a reduce-scatter, and together they send what
-one would: of n = a · b shares, (1 - 1/a) + (1 - 1/b) / a = 1 - 1/n.
+The gradient of a gather is a scattered sum, a reduce-scatter. Of one over all devices of v5p 2x2x2 and 4x4x4 and of v5e 8x8,
+XLA for TPUs (libtpu 0.0.42.1) makes an all-reduce, which sends twice as much and holds the whole sum on every device; on v5p
+2x2x1 and v6e 4x8 it does not. In two steps, each along a part of the axis, it stays a reduce-scatter, and together they send
+what one would: of n = a · b shares, (1 - 1/a) + (1 - 1/b) / a = 1 - 1/n.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-WHOLE = 4  # no more devices than this are taken at once: they have two dimensions at the most
+WHOLE = 4  # axes of up to so many devices go in one step
 
 
 def gather(array: jax.Array, names: Sequence[str], axis: int = 0) -> jax.Array:

@@ -108,7 +108,8 @@ class Layout:
     """
     Attributes:
       title: for people; it begins with the name.
-      foreign: whether transformers does not load it, or would load it wrongly.
+      foreign: whether parity's reference cannot read it: neither transformers nor `parity.reference`, which rewrites the
+        configuration of OpenAI's for it.
     """
 
     name: str

@@ -35,15 +35,15 @@ def cross_entropy(
         counted &= (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     x, _ = model.stream(tokens[:, :-1], segment_ids=None if segment_ids is None else segment_ids[:, :-1])
     length, vocab = labels.shape[1], model.cfg.vocab_size
-    # On a mesh that can cut the vocabulary in place of rows: tokens are gathered, a few MB, rather than `lm_head`, once a chunk
-    # and again for its gradient, 1.2 GB each time.
-    turned, gathered = sharding.turned_to_vocabulary(labels.shape[0], length, vocab)
+    # On a mesh that can cut the vocabulary in place of rows: tokens are gathered, a few MB, rather than all of `lm_head`, once
+    # a chunk and again for its gradient, 1.2 GB each time.
+    turned, joined = sharding.turned_to_vocabulary(labels.shape[0], length, vocab)
     slices = sharding.slices()
     chunk = min(-(-chunk // slices) if "context" in turned else chunk, length // slices)
 
     def of_all(a):
-        """[b, l, ...] -> [b / gathered, l · gathered, ...]: rows of devices that now have a part of the vocabulary, in one."""
-        a = jnp.moveaxis(a.reshape(gathered, -1, *a.shape[1:]), 0, 2)
+        """[b, l, ...] -> [b / joined, l · joined, ...]: rows of devices that now have a part of the vocabulary, in one."""
+        a = jnp.moveaxis(a.reshape(joined, -1, *a.shape[1:]), 0, 2)
         return a.reshape(a.shape[0], -1, *a.shape[3:])
 
     @jax.checkpoint

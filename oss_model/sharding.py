@@ -190,7 +190,7 @@ _whole: ContextVar[Mapping[str, str]] = ContextVar("oss_model_whole", default=Ma
 
 @contextmanager
 def whole(letters: str, names: Sequence[str]) -> Iterator[None]:
-    """Activations inside are not cut along the axes of these letters by these axes of the mesh."""
+    """Inside, these mesh axes do not cut dimensions of these letters."""
     token = _whole.set(dict.fromkeys(names, letters))
     try:
         yield
@@ -225,7 +225,8 @@ def joined_rows(a: jax.Array, length: int) -> jax.Array:
 def turned_to_vocabulary(batch: int, length: int, vocab: int) -> tuple[tuple[str, ...], int]:
     """Which mesh axes that cut such rows can cut logits along the vocabulary instead; into how many parts they cut the batch.
 
-    As many as divide it, the major ones first: 201,088 columns go to 128 devices at the most.
+    Whole axes only, the major ones first, as long as all together divide it: of `expert=128,fsdp=2` the first cuts 201,088
+    columns, an axis of 256 cannot.
     """
     shape = mesh_shape()
     if not shape:

@@ -80,12 +80,15 @@ def test_what_travels_is_little_more_than_the_tokens_that_do(routed, even_cfg):
     assert not gathered
 
 
-@pytest.mark.parametrize(("length", "travels"), [(8, "tokens"), (256, "weights")])
+@pytest.mark.parametrize(("rows", "length", "travels"), [(8, 8, "tokens"), (8, 256, "weights"), (2, 1024, "context")])
 @pytest.mark.parametrize("axes", [{"expert": 2, "fsdp": 4}, {"expert": 2, "context": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}],
                          ids=name_of)  # fmt: skip
-def test_within_an_expert_the_smaller_travels(axes, length, travels, routed):
-    """Two experts, and four devices for each: their slices are gathered, or the tokens are, whichever has fewer bytes."""
-    compiled, given = routed("grouped", 8, length, 0, num_experts=2, num_experts_per_tok=1)
+def test_within_an_expert_the_smaller_travels(axes, rows, length, travels, routed):
+    """Two experts, and four devices for each: their slices are gathered, or the tokens are, whichever has fewer bytes.
+
+    Two rows are cut by `expert` and `context` alone: along `fsdp` each device computes its slice, and none the whole.
+    """
+    compiled, given = routed("grouped", rows, length, 0, num_experts=2, num_experts_per_tok=1)
     want = compiled()(*given)
     with jax.set_mesh(mesh_of(axes)):
         text, got = compiled().lower(*given).compile().as_text(), compiled()(*given)
@@ -94,7 +97,7 @@ def test_within_an_expert_the_smaller_travels(axes, length, travels, routed):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
     gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", text)
     weights = [dims for dims in gathered if dims.count(",") >= 2 and dims.startswith("1,")]  # [experts here, …]
-    assert bool(weights) == (travels == "weights"), gathered
+    assert bool(weights) == (travels == "weights" or travels in axes), gathered
 
 
 @pytest.mark.parametrize(("devices", "share"), [(2, 1), (4, 0.9), (8, 0.55), (32, 0.16)])  # 1: gathered, which sends no more

@@ -48,7 +48,7 @@ def test_steps_give_what_one_gives(axes, axis):
 @pytest.mark.parametrize(
     ("axes", "sizes"), [({"fsdp": 8}, {2, 4}), ({"fsdp": 2, "context": 4}, {2, 4}), ({"fsdp": 4}, {4})], ids=str
 )
-def test_no_step_takes_more_devices_than_fill_two_dimensions(axes, sizes):
+def test_an_axis_of_more_than_four_devices_goes_in_two_steps(axes, sizes):
     def back(a):
         return jax.vjp(lambda a: gather(a, tuple(axes)), a)[1](jnp.ones((16, 16)))[0]
 

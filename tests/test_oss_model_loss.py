@@ -79,9 +79,10 @@ def test_logits_of_all_tokens_are_never_there(cfg):
     ids=str,
 )
 def test_on_a_mesh_it_is_the_same_and_no_vocabulary_is_gathered(tmp_path, even_cfg, shape, vocab):
-    """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never `lm_head` or its gradient.
+    """What travels a chunk is its tokens: [8 rows, 8 places, hidden], and never the whole of `lm_head` or its gradient.
 
-    Where the vocabulary divides by one axis alone, that one cuts it, and the other goes on cutting rows.
+    Where the vocabulary divides by one axis alone, that one cuts it, and the other goes on cutting rows: along it a device's
+    part of `lm_head` is gathered.
     """
     source = write_checkpoint(tmp_path / "source", dataclasses.replace(even_cfg, vocab_size=vocab), "hf-bf16")
     even_cfg = dataclasses.replace(even_cfg, vocab_size=vocab, param_dtype="float32")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import operator
 import re
 import types
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from converter import convert
 from oss_model import ModelConfig, attention, experts, layers
+from oss_model.errors import Incomplete
 from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
@@ -152,22 +154,31 @@ def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
 
 @pytest.mark.long
 def test_processes_share_the_runs(tmp_path):
-    seen = []
-    equivalent = operator.attrgetter("equivalent")
-    options = {"cfg": SMALL, "seeds": 2, "depths": 1, "only": equivalent, "running": ["generate-ignores-eos"]}
+    """And each has simulated devices for the mistakes of meshes."""
+    seen, names = [], ["generate-ignores-eos", "mesh-wrong"]
+    options = {"cfg": SMALL, "seeds": 1, "depths": 1, "only": operator.attrgetter("equivalent"), "running": names}
     result = selftest.in_processes(2, tmp_path, convert, progress=lambda *state: seen.append(state), **options)
-    assert (result.healthy, result.equivalent) == (2 * len(selftest.HEALTHY), 2 * len(faults.EQUIVALENT))
-    assert sorted(one.seed for one in result.running) == [0, 1]
+    assert (result.healthy, result.equivalent) == (len(selftest.HEALTHY), len(faults.EQUIVALENT))
+    assert {(one.mistake, one.found, one.named) for one in result.running} == {(name, True, True) for name in names}
     assert not result.alarms
-    count = 2 * (len(selftest.HEALTHY) + len(faults.EQUIVALENT) + 1)
+    count = len(selftest.HEALTHY) + len(faults.EQUIVALENT) + len(names)
     assert {total for _, total, _ in seen} == {count}
     assert seen[-1][0] == count - 2  # each process says what it begins
 
 
-def test_a_process_that_ends_before_its_time_ends_the_self_test(tmp_path, capfd):
-    with pytest.raises(RuntimeError, match="a process of the self-test ended before its time"):
-        selftest.in_processes(2, tmp_path, operator.not_, cfg=SMALL, progress=lambda *state: None)
-    assert "TypeError" in capfd.readouterr().err
+@pytest.mark.long
+def test_what_ends_a_process_ends_the_self_test(tmp_path):
+    with pytest.raises(TypeError, match="not_") as caught:
+        selftest.in_processes(2, tmp_path / "raised", operator.not_, cfg=SMALL, progress=lambda *state: None)
+    assert "self_test(scratch, convert" in caught.value.__notes__[0]  # where it was
+
+    def kill(*_):
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(Incomplete, match="was ended, exit code -9, as by a system without memory"):
+        selftest.in_processes(2, tmp_path / "killed", convert, cfg=SMALL, progress=kill)
+    assert not multiprocessing.active_children()
 
 
 # --- proofs that what is called equivalent is -------------------------------------------------------------------

@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing.connection
+import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,7 +24,8 @@ import torch
 import transformers
 
 from oss_model import ModelConfig
-from oss_model.memory import CORES
+from oss_model.errors import Incomplete
+from oss_model.memory import CORES, free_memory
 from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
@@ -52,7 +55,7 @@ HEALTHY: tuple[dict[str, Any], ...] = (
 )
 TRUE_TOO = {"rope-missing": "rope-not-on-k"}  # of k, at its own tap
 DEVICES = 8  # simulated, for the mistakes of meshes
-PROCESS_BYTES = 4 << 30  # what one comes to take, with all that it compiles
+PROCESS_BYTES = 4 << 30  # one comes to take 3 GB, with all that it compiles
 KINDS = (LOGITS, TOKENS, GRADIENTS, UPDATED)
 Convert = Callable[..., Any]
 Progress = Callable[[int, int, str], None]
@@ -251,53 +254,76 @@ class _Bench:
 
 def processes_here() -> int:
     """How many of them this machine has cores and memory for; one, where they would share an accelerator."""
-    import psutil
-
-    return max(1, min(CORES, psutil.virtual_memory().available // PROCESS_BYTES)) if jax.default_backend() == "cpu" else 1
+    _simulate_devices()
+    return max(1, min(CORES, free_memory() // PROCESS_BYTES)) if jax.default_backend() == "cpu" else 1
 
 
 def in_processes(processes: int, scratch: Path, convert: Convert, *, progress: Progress, **options: Any) -> SelfTest:
-    """`self_test(**options)`, with its runs shared among processes of this machine.
+    """`self_test(**options)`, with its runs shared among processes of this machine; one is this one.
 
     Raises:
-      RuntimeError: a process ended without its results; what it said of that is on stderr.
+      Incomplete: a process was ended from outside.
+      Exception: what ended one of them.
     """
+    if processes == 1:
+        _simulate_devices()
+        return self_test(scratch, convert, progress=progress, **options)
     spawn, start, result = multiprocessing.get_context("spawn"), time.monotonic(), SelfTest()
     with contextlib.ExitStack() as stack:
+        running: dict[Connection, Any] = {}
         done: dict[Connection, tuple[int, int]] = {}
+        parts: dict[Connection, SelfTest] = {}
         for which in range(processes):
             ours, theirs = spawn.Pipe(duplex=False)
             given = options | {"share": (which, processes)}
             process = spawn.Process(target=_process, args=(theirs, scratch / str(which), convert, given), daemon=True)
             process.start()
-            stack.callback(process.terminate)
+            stack.enter_context(ours)
+            stack.callback(process.join)  # after all are told to end: nothing is written where the caller clears up
             theirs.close()  # so that its end is seen here
-            done[ours] = (0, 0)
-        working = list(done)
-        while working:
+            running[ours], done[ours] = process, (0, 0)
+        for process in running.values():
+            stack.callback(process.terminate)
+        while working := [pipe for pipe in running if pipe not in parts]:
             for pipe in multiprocessing.connection.wait(working):
                 assert isinstance(pipe, Connection)
                 try:
                     said = pipe.recv()
                 except EOFError:
-                    raise RuntimeError("a process of the self-test ended before its time") from None
+                    running[pipe].join()
+                    code = running[pipe].exitcode
+                    why = ", as by a system without memory" if code == -signal.SIGKILL else ""
+                    raise Incomplete(f"a process of the self-test was ended, exit code {code}{why}; run it again") from None
+                if isinstance(said, Exception):
+                    raise said
                 if isinstance(said, SelfTest):
-                    result.add(said)
-                    working.remove(pipe)
-                else:
-                    count, total, what = said
-                    done[pipe] = count, total
-                    counts, totals = zip(*done.values(), strict=True)
-                    if all(totals):
-                        progress(sum(counts), sum(totals), what)
+                    parts[pipe] = said
+                    continue
+                count, total, what = said
+                done[pipe] = count, total
+                counts, totals = zip(*done.values(), strict=True)
+                if all(totals):
+                    progress(sum(counts), sum(totals), what)
+    for pipe in running:
+        result.add(parts[pipe])
     result.seconds = time.monotonic() - start
     return result
 
 
+def _simulate_devices() -> None:
+    with contextlib.suppress(RuntimeError):  # they are there already
+        jax.config.update("jax_num_cpu_devices", DEVICES)  # mistakes of meshes are put into the process
+
+
 def _process(pipe: Connection, scratch: Path, convert: Convert, options: dict[str, Any]) -> None:
-    jax.config.update("jax_num_cpu_devices", DEVICES)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and that one the others
+    _simulate_devices()
     transformers.logging.set_verbosity_error()
-    pipe.send(self_test(scratch, convert, progress=lambda *state: pipe.send(state), **options))
+    try:
+        pipe.send(self_test(scratch, convert, progress=lambda *state: pipe.send(state), **options))
+    except Exception as e:
+        e.add_note(traceback.format_exc())
+        pipe.send(e)
 
 
 def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> RunOutcome:

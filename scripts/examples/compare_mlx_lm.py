@@ -1,7 +1,7 @@
 """Judge another library's gpt-oss by the same harness: mlx-lm's own modules, with nothing of ours between its taps.
 
-    pip install mlx-cpu==0.32.4 mlx-lm==0.32.2
-    python scripts/examples/compare_mlx_lm.py SRC
+    ./scripts/readers     # makes an environment with it
+    PYTHONPATH=.venv/readers python scripts/examples/compare_mlx_lm.py SRC
 
 SRC is what mlx-lm loads: safetensors for Hugging Face, packed or not. Its layers are called part by part, in float32, and each
 value between two parts is shown as a tap and can be replaced. mlx-lm rounds the ends of YaRN's range whatever the
