@@ -97,7 +97,7 @@ ENTRY %main (a: f32[4]) -> f32[8] {
   %start = (f32[16]{0}, f32[16]{0}) all-reduce-start(%y), to_apply=%add
   %before = f32[64]{0} fusion(%z), kind=kLoop, calls=%other
   %slice = f32[16]{0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1.clone
-  %after = f32[8]{0} reduce-scatter(%before), replica_groups=mesh['a'=2,'b'=8] {'b'}, dimensions={0}, to_apply=%add
+  %after = (f32[8]{0}, f32[1]{0}) reduce-scatter(%slice, %before), replica_groups=mesh['a'=2,'b'=8] {'b'}, to_apply=%add
   %turned = f32[6]{0} all-to-all(%w), replica_groups=[4,2]<=[8], dimensions={0}
   ROOT %done = f32[16]{0} all-reduce-done(%start)
 }
@@ -106,11 +106,21 @@ ENTRY %main (a: f32[4]) -> f32[8] {
         ("reduce-scatter", "f32[128]", 512, 1, 8),
         ("collective-permute", "f32[2]", 8, 60, 0),
         ("all-gather", "f32[8]", 32, 12, 2),
-        ("reduce-scatter", "f32[64]", 256, 1, 8),
+        ("reduce-scatter", "f32[16], f32[64]", 256, 1, 8),
         ("all-reduce", "(f32[16], f32[16])", 64, 1, 0),
         ("all-to-all", "f32[6]", 24, 1, 2),
     ]
     assert [one.sent for one in collectives(text)] == [512 * 7 / 8, 480, 12 * 16, 256 * 7 / 8, 128, 12]
+
+
+def test_memory_is_what_the_compiler_has_laid_out():
+    report = "Memory Space: default (color=0)\nTotal bytes: 27080817632 (25.22GiB)\n  cumulative_size;       size;\n"
+    assert plans.laid_out(report) == 27080817632
+    assert plans.laid_out("Memory Space: vmem (color=1)\nTotal bytes: 12 (12B)\n") == 0
+    cost = plans.Cost(30, arguments=10, temporaries=20)
+    plan = plans.Plan(plans.ModelConfig.tiny(), "cpu:1", (("fsdp", 1),), 1, 8)
+    found = [plans.tell(plan, dataclasses.replace(cost, laid_out=known), None).splitlines()[0] for known in (True, False)]
+    assert [line.endswith("as memory_analysis counts, or less") for line in found] == [False, True]
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}  # others: 4
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:to_apply|body|calls|\w+_computations?)=\{?([^,})]+(?:, %[^,})]+)*)")
-OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((?:%([\w.\-]+))?")
+OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)")
 
 
 class Collective(NamedTuple):
@@ -54,13 +54,14 @@ def collectives(text: str) -> list[Collective]:
         for line in bodies.get(name, []):
             if not (found := OPERATION.match(line)):
                 continue
-            result, written, operation, operand = found.groups()
+            result, written, operation, operands = found.groups()
             shape = shapes[result] = re.sub(r"\{[^}]*\}", "", written)
             kind = operation.removesuffix("-start")
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # so XLA for TPUs writes one: what is summed, and then a slice of it
             if kind in KINDS:
-                counted[kind, shapes.get(operand, shape) if kind == "reduce-scatter" else shape, _devices(line)] += times
+                taken = [shapes[name] for name in re.findall(r"%([\w.\-]+)", operands) if name in shapes]
+                counted[kind, ", ".join(taken) if kind == "reduce-scatter" and taken else shape, _devices(line)] += times
             if operation == "conditional":
                 continue
             loop = _trips(line, bodies) if operation == "while" else 1

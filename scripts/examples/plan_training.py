@@ -73,6 +73,7 @@ class Cost:
 
     Attributes:
       used: all together, as far as it is known: arguments, temporaries, outputs, less what is donated.
+      laid_out: whether that is what the compiler has laid out, and not `memory_analysis`, which may count more.
       flops: by `flops`, shared out evenly.
     """
 
@@ -80,6 +81,7 @@ class Cost:
     arguments: int = 0
     temporaries: int = 0
     outputs: int = 0
+    laid_out: bool = True
     donated: int = 0
     flops: float = 0.0
     sent: list[Collective] = dataclasses.field(default_factory=list)
@@ -157,11 +159,11 @@ def cost(plan: Plan) -> Cost:
     memory, total = compiled.memory_analysis(), sum(flops(plan.cfg, plan.batch, plan.length, lora=bool(plan.lora)).values())
     assert memory is not None
     fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    used = used or fixed + memory.temp_size_in_bytes
     return Cost(
-        used,
+        used or fixed + memory.temp_size_in_bytes,
+        laid_out=used > 0,
         arguments=memory.argument_size_in_bytes,
-        temporaries=used - fixed,
+        temporaries=used - fixed if used else memory.temp_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         donated=memory.alias_size_in_bytes,
         flops=total / mesh.size,
@@ -238,6 +240,7 @@ def tell(plan: Plan, found: Cost, chip: Chip | None) -> str:
     lines = [
         f"memory a chip     arguments {size(found.arguments)} + temporaries {size(found.temporaries)} + outputs"
         f" {size(found.outputs)} - donated {size(found.donated)} = {size(found.used)}{room}"
+        + ("" if found.laid_out else "; as memory_analysis counts, or less")
     ]
     kinds: dict[str, list[int]] = {}
     for one in found.sent:
@@ -334,7 +337,7 @@ def main(model, layers, topology, mesh, length, batch, param_dtype, remat, lora,
     if as_json:
         asked = {"size": model, "layers": cfg.num_hidden_layers, "topology": topology, "mesh": dict(mesh), "length": length}
         asked |= {"batch": plan.batch, "param_dtype": param_dtype, "remat": remat, "lora": list(lora), "fits": fits}
-        cost_ = dataclasses.asdict(found) | {"sent": [one._asdict() for one in found.sent]}
+        cost_ = dataclasses.asdict(found) | {"sent": [one._asdict() | {"bytes_sent": one.sent} for one in found.sent]}
         click.echo(json.dumps(asked | cost_))
         return 0 if fits else 1
     where = ", ".join(f"{name} {count}" for name, count in mesh)
