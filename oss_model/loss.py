@@ -41,9 +41,12 @@ def cross_entropy(
     slices = sharding.slices()
     chunk = min(-(-chunk // slices) if "context" in turned else chunk, length // slices)
 
+    # One row after the other, as they are gathered; place by place where the length goes on being cut, so that these stay put.
+    inner = 2 if slices > 1 and "context" not in turned else 1
+
     def of_all(a):
         """[b, l, ...] -> [b / joined, l · joined, ...]: rows of devices that now have a part of the vocabulary, in one."""
-        a = jnp.moveaxis(a.reshape(joined, -1, *a.shape[1:]), 0, 2)
+        a = jnp.moveaxis(a.reshape(joined, -1, *a.shape[1:]), 0, inner)
         return a.reshape(a.shape[0], -1, *a.shape[3:])
 
     @jax.checkpoint

@@ -331,7 +331,7 @@ def timeless(run: Path) -> list[dict]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("layers", "rate"), [("single", "3e-3"), ("source", "3e-3")])
+@pytest.mark.parametrize(("layers", "rate"), [("single", "1e-2"), ("source", "3e-3")])  # in four rounding grows faster
 def test_two_processes_do_what_one_does_and_go_on_bit_for_bit(layers, rate, request, tmp_path, start):
     source, file, others = at_home(request.getfixturevalue(layers), tmp_path)
     options = [*CHATS, "--batch", "16", "--eval", str(others), "--mesh", "fsdp=8", "--schedule", "constant"]
