@@ -17,6 +17,7 @@ from oss_model.layouts import parameter_name, parameters
 from oss_model.lora import add_lora
 from oss_model.params import abstract_model
 from oss_model.sharding import partition_specs, shardings
+from oss_model.synthetic import write_checkpoint
 
 MESHES = [
     {"fsdp": 8},
@@ -297,9 +298,15 @@ def test_decoding_on_a_mesh(even_cfg, even_checkpoints):
 
 
 @pytest.mark.long
-def test_lora_over_packed_experts_on_a_mesh(even_cfg, even_checkpoints):
+@pytest.mark.parametrize("count", [16, 2], ids=["whole", "cut within"])
+def test_lora_over_packed_experts_on_a_mesh(even_cfg, tmp_path, count):
+    """Of two experts on four devices the slices are gathered along `fsdp`, packed bytes and updates alike."""
+    even_cfg = dataclasses.replace(even_cfg, num_experts=count, num_experts_per_tok=min(count, 4), intermediate_size=128)
+    source = write_checkpoint(tmp_path / "source", even_cfg)
+    even_cfg = dataclasses.replace(even_cfg, param_dtype="mxfp4")
+
     def gradients(mesh):
-        model = create_model_from_checkpoint(even_checkpoints["mxfp4"], even_cfg, mesh)
+        model = create_model_from_checkpoint(source, even_cfg, mesh)
         add_lora(model, r".*(_proj|gate_up|down)", rank=4, rngs=nnx.Rngs(2))
         return nnx.grad(lambda m, t: loss(m, t)[0], argnums=nnx.DiffState(0, nnx.LoRAParam)), model
 
@@ -308,6 +315,9 @@ def test_lora_over_packed_experts_on_a_mesh(even_cfg, even_checkpoints):
     expected = nnx.jit(grad)(model, tokens)
     mesh = mesh_of({"fsdp": 2, "tensor": 2, "expert": 2})
     grad, model = gradients(mesh)
-    assert model.layers[0].mlp.gate_up.lora.b.get_value().sharding.spec == P(("expert", "fsdp"), None, "tensor", None)
+    cut = (("expert", "fsdp"), None, "tensor", None) if count == 16 else ("expert", None, ("tensor", "fsdp"), None)
+    assert model.layers[0].mlp.gate_up.lora.b.get_value().sharding.spec == P(*cut)
     with jax.set_mesh(mesh):
         assert_equal_to_noise(nnx.jit(grad)(model, tokens), expected)
+        text = nnx.jit(grad).lower(model, tokens).compile().as_text()
+    assert bool(gathered_expert_weights(text, even_cfg)) == (count == 2)
