@@ -180,11 +180,12 @@ def replicated(x: jax.Array) -> jax.Array:
 
 def activation_spec(letters: str, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """The cut of an activation whose axes have these letters."""
-    kept = _whole.get()
-    rules = {axis: [letter for letter in letters if letter not in kept.get(axis, "")] for axis, letters in ACTIVATIONS.items()}
+    uncut = _whole.get()
+    rules = {axis: [letter for letter in letters if letter not in uncut.get(axis, "")] for axis, letters in ACTIVATIONS.items()}
     return _partition(letters, dict(zip(letters, shape, strict=True)), mesh_shape, rules)
 
 
+# Mesh axis -> letters of the dimensions that it does not cut.
 _whole: ContextVar[Mapping[str, str]] = ContextVar("oss_model_whole", default=MappingProxyType({}))
 
 

@@ -60,7 +60,7 @@ def collectives(text: str) -> list[Collective]:
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # so XLA for TPUs writes one: what is summed, and then a slice of it
             if kind in KINDS:
-                taken = [shapes[name] for name in re.findall(r"%([\w.\-]+)", operands) if name in shapes]
+                taken = [shapes[one] for one in re.findall(r"%([\w.\-]+)", operands) if one in shapes]
                 counted[kind, ", ".join(taken) if kind == "reduce-scatter" and taken else shape, _devices(line)] += times
             if operation == "conditional":
                 continue
