@@ -61,6 +61,7 @@ SMALL = {
     "scripts/stress/healthy_runs.py": "--runs 1",
     "scripts/bench/restore.py": "--repeats 1 --devices 1",
     "scripts/bench/processes.py": "--processes 1",
+    "scripts/bench/training.py": "--steps 2 --repeats 1",
 }
 # What is not whole as it stands in a sentence, and what needs something made before: what is run for it.
 AS = {
