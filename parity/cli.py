@@ -233,8 +233,8 @@ def _two_prompts(context: click.Context) -> list[str]:
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
     from converter import convert
+    from parity.mistakes.processes import in_processes, processes_here
     from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
-    from parity.mistakes.selftest import in_processes, processes_here
     from parity.progress import progress_bar
 
     names = (*RUNNING, *EQUIVALENT_RUNS)

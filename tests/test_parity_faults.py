@@ -21,7 +21,7 @@ from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
 from parity.mistakes import catalogue as faults
-from parity.mistakes import running, selftest
+from parity.mistakes import processes, running, selftest
 from parity.mistakes.as_run import AS_RUN
 from parity.mistakes.corruption import CHECKPOINT, SOURCE
 from parity.mistakes.edits import EDITS
@@ -140,7 +140,7 @@ def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(selftest, "_layers", lambda *_: [0])
     monkeypatch.setattr(selftest, "ModelConfig", types.SimpleNamespace(tiny=lambda: SMALL, from_json=ModelConfig.from_json))
     # Another process would know nothing of this.
-    monkeypatch.setattr(selftest, "in_processes", lambda count, *given, **options: selftest.self_test(*given, **options))
+    monkeypatch.setattr(processes, "in_processes", lambda count, *given, **options: selftest.self_test(*given, **options))
     run = CliRunner().invoke(main, ["--self-test", "--json", str(tmp_path / "out.json")])
     said = json.loads((tmp_path / "out.json").read_text())
     assert [(one["seed"], one["found"], one["named"], one["false"]) for one in said["running"]] == [
@@ -157,7 +157,7 @@ def test_processes_share_the_runs(tmp_path):
     """And each has simulated devices for the mistakes of meshes."""
     seen, names = [], ["generate-ignores-eos", "mesh-wrong"]
     options = {"cfg": SMALL, "seeds": 1, "depths": 1, "only": operator.attrgetter("equivalent"), "running": names}
-    result = selftest.in_processes(2, tmp_path, convert, progress=lambda *state: seen.append(state), **options)
+    result = processes.in_processes(2, tmp_path, convert, progress=lambda *state: seen.append(state), **options)
     assert (result.healthy, result.equivalent) == (len(selftest.HEALTHY), len(faults.EQUIVALENT))
     assert {(one.mistake, one.found, one.named) for one in result.running} == {(name, True, True) for name in names}
     assert not result.alarms
@@ -169,7 +169,7 @@ def test_processes_share_the_runs(tmp_path):
 @pytest.mark.long
 def test_what_ends_a_process_ends_the_self_test(tmp_path):
     with pytest.raises(TypeError, match="not_") as caught:
-        selftest.in_processes(2, tmp_path / "raised", operator.not_, cfg=SMALL, progress=lambda *state: None)
+        processes.in_processes(2, tmp_path / "raised", operator.not_, cfg=SMALL, progress=lambda *state: None)
     assert "self_test(scratch, convert" in caught.value.__notes__[0]  # where it was
 
     def kill(*_):
@@ -177,7 +177,7 @@ def test_what_ends_a_process_ends_the_self_test(tmp_path):
             process.kill()
 
     with pytest.raises(Incomplete, match="was ended, exit code -9, as by a system without memory"):
-        selftest.in_processes(2, tmp_path / "killed", convert, cfg=SMALL, progress=kill)
+        processes.in_processes(2, tmp_path / "killed", convert, cfg=SMALL, progress=kill)
     assert not multiprocessing.active_children()
 
 

@@ -5,27 +5,16 @@ compute in other orders, must not be alarmed about. Beside it, what today's prac
 token's logits on a short prompt.
 """
 
-import contextlib
-import dataclasses
-import json
-import multiprocessing.connection
-import signal
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 import torch
-import transformers
 
 from oss_model import ModelConfig
-from oss_model.errors import Incomplete
-from oss_model.memory import CORES, free_memory
 from oss_model.synthetic import write_checkpoint
 from parity.candidate import Candidate
 from parity.comparison import compare
@@ -36,6 +25,7 @@ from parity.mistakes.catalogue import CATALOGUE, Fault, applies
 from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
 from parity.mistakes.faulty import Faulty
 from parity.mistakes.injection import INJECTIONS
+from parity.mistakes.outcomes import COSINE, COSINE_TOKENS, Outcome, RunOutcome, SelfTest
 from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING, Mistake
 from parity.prompts import random_prompt
 from parity.protocols import Answers, Oracle, Port, Question
@@ -43,8 +33,6 @@ from parity.recording import Recording
 from parity.reference import Reference, ReferenceLayer
 from parity.reports.report import FormResult, Report
 
-# Today's check: this many tokens, and this cosine of the last one's logits.
-COSINE_TOKENS, COSINE = 8, 0.99
 HEALTHY: tuple[dict[str, Any], ...] = (
     {},
     {"expert_path": "scan"},
@@ -54,102 +42,9 @@ HEALTHY: tuple[dict[str, Any], ...] = (
     {"compiled": True},
 )
 TRUE_TOO = {"rope-missing": "rope-not-on-k"}  # of k, at its own tap
-DEVICES = 8  # simulated, for the mistakes of meshes
-PROCESS_BYTES = 4 << 30  # one comes to take 3 GB, with all that it compiles
 KINDS = (LOGITS, TOKENS, GRADIENTS, UPDATED)
 Convert = Callable[..., Any]
 Progress = Callable[[int, int, str], None]
-
-
-class Outcome(NamedTuple):
-    fault: str
-    layer: int | None
-    seed: int
-    found: bool
-    located: bool
-    named: bool
-    false: list[str]  # names that were said and are not what was made
-    said: str  # what was named, and where, if it was not right
-    cosine_passes: bool  # whether the last token's cosine lets it pass
-
-
-class RunOutcome(NamedTuple):
-    """Of a mistake in how the model is put together or run; located is None where its form shows no place."""
-
-    mistake: str
-    where: str
-    form: str
-    seed: int
-    found: bool
-    located: bool | None
-    named: bool
-    false: list[str]
-    said: str
-
-
-@dataclasses.dataclass
-class SelfTest:
-    outcomes: list[Outcome] = dataclasses.field(default_factory=list)
-    running: list[RunOutcome] = dataclasses.field(default_factory=list)
-    alarms: list[str] = dataclasses.field(default_factory=list)  # right ports, and equivalent ones, that did not pass
-    healthy: int = 0
-    equivalent: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: "SelfTest") -> None:
-        """What another process found."""
-        self.outcomes += other.outcomes
-        self.running += other.running
-        self.alarms += other.alarms
-        self.healthy += other.healthy
-        self.equivalent += other.equivalent
-
-    @property
-    def exit_code(self) -> int:
-        right = all(
-            one.found and one.located is not False and one.named and not one.false for one in (*self.outcomes, *self.running)
-        )
-        return 0 if right and self.outcomes and not self.alarms else 4
-
-    def to_json(self) -> str:
-        found = {"exit_code": self.exit_code} | dataclasses.asdict(self)
-        found |= {name: [one._asdict() for one in getattr(self, name)] for name in ("outcomes", "running")}
-        return json.dumps(found, indent=2)
-
-    def table(self) -> str:
-        return "\n".join(self._rows())
-
-    def _rows(self) -> Iterator[str]:
-        count = len(self.outcomes)
-        known = {outcome.fault for outcome in self.outcomes} | {one.mistake for one in self.running}
-        yield f"self-test   {len(known)} mistakes, {count + len(self.running)} runs"
-        yield f"{'where':<12} {'mistakes':>8} {'runs':>6} {'found':>6} {'located':>9} {'named':>6} {'false words':>12}"
-        sites: dict[str, list[Any]] = {}
-        for one in (*self.outcomes, *self.running):
-            sites.setdefault(_where(one), []).append(one)
-        for where, some in sites.items():
-            placed = [one.located for one in some if one.located is not None]
-            located = f"{sum(placed)}/{len(placed)}"
-            found, named, false = (
-                sum(counts) for counts in zip(*((one.found, one.named, len(one.false)) for one in some), strict=True)
-            )
-            each = len({getattr(one, "fault", None) or one.mistake for one in some})
-            yield f"{where:<12} {each:>8} {len(some):>6} {found:>6} {located:>9} {named:>6} {false:>12}"
-        for one in (*self.outcomes, *self.running):
-            if not (one.found and one.located is not False and one.named and not one.false):
-                kind = "MISSED" if not one.found else "MISLOCATED" if one.located is False else "not named"
-                kind = "FALSE" if one.false else kind
-                what = one.mistake if isinstance(one, RunOutcome) else one.fault
-                at = one.form if isinstance(one, RunOutcome) else "model" if one.layer is None else f"layer {one.layer}"
-                yield f"  {kind:<11}{what}, {at}, seed {one.seed}: {one.said}"
-        yield f"equivalent  {self.equivalent} runs, healthy {self.healthy} runs, {len(self.alarms)} alarms"
-        yield from (f"  ALARM      {alarm}" for alarm in self.alarms)
-        passed = sum(outcome.cosine_passes for outcome in self.outcomes)
-        yield (
-            f"beside it   the last token's cosine >= {COSINE} on {COSINE_TOKENS} tokens lets"
-            f" {passed}/{count} of these runs pass   {passed / max(count, 1):.1%}"
-        )
-        yield f"{'PASS' if self.exit_code == 0 else 'FAIL'}   {self.seconds:.0f} s"
 
 
 def self_test(
@@ -177,7 +72,7 @@ def self_test(
       only: which mistakes.
       running: names of `parity.mistakes.running.RUNNING` and EQUIVALENT_RUNS: each is put into one of the ways to run the
         checkpoint. Meshes take simulated devices in this process, where the mistake is.
-      share: (which, of how many): every so-many-th run of each seed. See `in_processes`.
+      share: (which, of how many): every so-many-th run of each seed. See `parity.mistakes.processes`.
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
@@ -252,80 +147,6 @@ class _Bench:
                 self.result.alarms.append(f"{name}, seed {self.seed}: {_said(report)}")
 
 
-def processes_here() -> int:
-    """How many of them this machine has cores and memory for; one, where they would share an accelerator."""
-    _simulate_devices()
-    return max(1, min(CORES, free_memory() // PROCESS_BYTES)) if jax.default_backend() == "cpu" else 1
-
-
-def in_processes(processes: int, scratch: Path, convert: Convert, *, progress: Progress, **options: Any) -> SelfTest:
-    """`self_test(**options)`, with its runs shared among processes of this machine; one is this one.
-
-    Raises:
-      Incomplete: a process was ended from outside.
-      Exception: what ended one of them.
-    """
-    if processes == 1:
-        _simulate_devices()
-        return self_test(scratch, convert, progress=progress, **options)
-    spawn, start, result = multiprocessing.get_context("spawn"), time.monotonic(), SelfTest()
-    with contextlib.ExitStack() as stack:
-        running: dict[Connection, Any] = {}
-        done: dict[Connection, tuple[int, int]] = {}
-        parts: dict[Connection, SelfTest] = {}
-        for which in range(processes):
-            ours, theirs = spawn.Pipe(duplex=False)
-            given = options | {"share": (which, processes)}
-            process = spawn.Process(target=_process, args=(theirs, scratch / str(which), convert, given), daemon=True)
-            process.start()
-            stack.enter_context(ours)
-            stack.callback(process.join)  # after all are told to end: nothing is written where the caller clears up
-            theirs.close()  # so that its end is seen here
-            running[ours], done[ours] = process, (0, 0)
-        for process in running.values():
-            stack.callback(process.terminate)
-        while working := [pipe for pipe in running if pipe not in parts]:
-            for pipe in multiprocessing.connection.wait(working):
-                assert isinstance(pipe, Connection)
-                try:
-                    said = pipe.recv()
-                except EOFError:
-                    running[pipe].join()
-                    code = running[pipe].exitcode
-                    why = ", as by a system without memory" if code == -signal.SIGKILL else ""
-                    raise Incomplete(f"a process of the self-test was ended, exit code {code}{why}; run it again") from None
-                if isinstance(said, Exception):
-                    raise said
-                if isinstance(said, SelfTest):
-                    parts[pipe] = said
-                    continue
-                count, total, what = said
-                done[pipe] = count, total
-                counts, totals = zip(*done.values(), strict=True)
-                if all(totals):
-                    progress(sum(counts), sum(totals), what)
-    for pipe in running:
-        result.add(parts[pipe])
-    result.seconds = time.monotonic() - start
-    return result
-
-
-def _simulate_devices() -> None:
-    with contextlib.suppress(RuntimeError):  # they are there already
-        jax.config.update("jax_num_cpu_devices", DEVICES)  # mistakes of meshes are put into the process
-
-
-def _process(pipe: Connection, scratch: Path, convert: Convert, options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the first process, and that one the others
-    _simulate_devices()
-    transformers.logging.set_verbosity_error()
-    try:
-        pipe.send(self_test(scratch, convert, progress=lambda *state: pipe.send(state), **options))
-    except Exception as e:
-        e.add_note(traceback.format_exc())
-        pipe.send(e)
-
-
 def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> RunOutcome:
     first, report = _ran(mistake, work, oracle, seed)
     located = None if mistake.place is None else (first.layer, first.tap) == mistake.place
@@ -347,14 +168,6 @@ def _ran(mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> tuple[FormR
 def _false(report: Report, right: str) -> list[str]:
     """What was named and is not what was made; that weights differ is true of any that do."""
     return sorted({one["name"] for one in report.findings} - {None, right, "weights-differ", TRUE_TOO.get(right)})
-
-
-def _where(one: Outcome | RunOutcome) -> str:
-    """Where a mistake sits."""
-    if isinstance(one, RunOutcome):
-        return one.where
-    fault = CATALOGUE[one.fault]
-    return "checkpoint" if fault.tap == "weights" else "outside" if fault.where == "model" else "block"
 
 
 class _Kept(Reference):
