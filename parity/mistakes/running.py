@@ -1,7 +1,8 @@
 """Known mistakes of how the model is put together, loaded, compiled, cached and trained: put into our code, for the self-test.
 
-The parts are right in all of these, so no tap that is fed the reference's input shows one: the model has to be run as people
-run it (`parity.forms`). Each row says what is patched, and which of the forms must find it.
+A plain call shows some of these at its taps. The others are wrong only where the model is compiled, cached, cut over a mesh,
+trained or made to generate, so it has to be run so (`parity.forms`). Each row says what is patched, and which of the forms must
+find it.
 """
 
 import contextlib
