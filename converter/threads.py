@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+from oss_model.exits import SIGNALS, interrupt
 from oss_model.memory import CORES
 
 WORKERS = max(2, min(8, CORES))
@@ -98,17 +99,18 @@ def interruptible() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.default_int_handler]
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    usual = {number: handler for number, handler in before.items() if handler in (signal.default_int_handler, interrupt)}
 
     def as_usual() -> None:
-        for number in numbers:
-            signal.signal(number, signal.default_int_handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.set()
         as_usual()
 
-    for number in numbers:
+    for number in usual:
         signal.signal(number, handle)
     try:
         yield stop

@@ -29,6 +29,8 @@ from oss_model.errors import CommandError, Incomplete, InputError, OutOfMemory, 
 from oss_model.memory import free_memory, out_of_memory, size
 
 BUG, INTERRUPTED = 70, 130
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN = "interrupt again"  # name of a thread
 OURS = ("oss_model", "converter", "parity", "")
 
 
@@ -42,7 +44,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     """
     _keep_streams()
     _hush_what_nobody_catches()
-    with _terminated_like_interrupted():
+    with _interruptible():
         try:
             code = command() or 0
         except (Exception, KeyboardInterrupt) as error:
@@ -135,26 +137,49 @@ def _unraisable(found: Any) -> None:
     Ctrl-C while a callback of the garbage collector runs (JAX has one) would be forgotten with it: it is raised again.
     """
     if isinstance(found.exc_value, KeyboardInterrupt):
-        if all(thread.name != "interrupt" for thread in threading.enumerate()):
-            again = threading.Timer(0.01, _thread.interrupt_main)  # while it runs still, perhaps: then this is called once more
-            again.name, again.daemon = "interrupt", True
-            again.start()
+        for number in [number for number in SIGNALS if signal.getsignal(number) is interrupt][:1]:
+            _again(number)  # while it runs still, perhaps: then this is called once more
         return
     if not isinstance(found.object, types.CoroutineType) and str(found.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(found)
 
 
+def interrupt(number: int, frame: types.FrameType | None) -> None:
+    """What our commands do at SIGINT and SIGTERM: raise KeyboardInterrupt, as soon as no module is being imported.
+
+    A C extension that is interrupted while it is made raises what it likes, or crashes (jaxlib, torch).
+    """
+    while frame is not None and frame.f_code is not run_command.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return _again(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _again(number: int) -> None:
+    """The same signal, a moment later."""
+    timer = threading.Timer(0.02, _thread.interrupt_main, [number])
+    timer.name, timer.daemon = AGAIN, True
+    timer.start()
+
+
 @contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def _interruptible() -> Iterator[None]:
+    """`interrupt` at both signals, unless somebody has other plans: `command &` in a script ignores SIGINT."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # somebody has other plans
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ours = [number for number in SIGNALS if main and signal.getsignal(number) is usual[number]]
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer) and thread.name == AGAIN:
+                thread.cancel()
+                thread.join()
+        for number in ours:
+            signal.signal(number, usual[number])
 
 
 # --- standard output and standard error -------------------------------------------------------------------------

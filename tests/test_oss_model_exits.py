@@ -179,20 +179,24 @@ def test_sigterm_does_what_ctrl_c_does(number, start):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_is_not_forgotten_in_a_callback_of_the_garbage_collector():
-    """Where Python says "Exception ignored", and goes on."""
-    code = """
+@pytest.mark.parametrize(("number", "ignored"), [("SIGINT", ""), ("SIGTERM", ""), ("SIGTERM", "SIGINT")])
+def test_a_signal_is_not_forgotten_in_a_callback_of_the_garbage_collector(number, ignored):
+    """Where Python says "Exception ignored", and goes on. SIGINT is ignored where a script says `command &`."""
+    code = f"""
 import gc, signal, sys, time
 from oss_model.exits import run_command
+
+if {bool(ignored)}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def collected(phase, info):
     if phase == "stop":
         gc.callbacks.remove(collected)
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.{number})
 
 def command():
     gc.callbacks.append(collected)
-    for _ in range(600):
+    for _ in range(100):
         gc.collect()
         time.sleep(0.1)
 
@@ -200,6 +204,20 @@ sys.exit(run_command(command))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_what_is_being_imported(number, tmp_path):
+    """An extension makes something else of it, or crashes."""
+    made = "import signal, time\nsignal.raise_signal(signal.{0})\ntime.sleep(0.2)\nprint('imported', flush=True)\n"
+    (tmp_path / "extension.py").write_text(
+        "try:\n    import inner\nexcept BaseException as error:\n    raise ImportError('half made') from error\n"
+    )
+    (tmp_path / "inner.py").write_text(made.format(number))
+    code = "import sys, time; from oss_model.exits import run_command; sys.path.insert(0, sys.argv[1])\n"
+    code += "def command():\n    import extension\n    time.sleep(60)\nsys.exit(run_command(command))"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "imported\n", "error: interrupted\n")
 
 
 def test_what_orbax_leaves_behind_is_not_shown():
