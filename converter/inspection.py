@@ -23,6 +23,7 @@ from oss_model.config import ModelConfig
 from oss_model.errors import InputError, nothing_at
 from oss_model.files import parse_json
 from oss_model.lora_note import read_note
+from oss_model.zarr import METADATA
 
 PUBLISHED = {
     (cfg.num_hidden_layers, cfg.num_experts, cfg.hidden_size, cfg.vocab_size): name
@@ -99,15 +100,10 @@ def _for_a_model(directory: Path, source: Source, ours: bool) -> list[str]:
     lossy = [to for to in ("hf", "openai") if not _is_lossless(source, to)]
     found = [f"convert-oss {directory} OUT --to {to}" for to in lossless]
     found += [f"convert-oss {directory} OUT --to {to} --quantizer best   # loses something; --like SRC" for to in lossy]
-    if isinstance(source, OrbaxSource) and ours:
-        return [
-            f"create_model_from_checkpoint({str(directory)!r}, cfg)",
-            f"verify-oss {directory}",
-            f"check-parity {directory}",
-            *found,
-        ]
     if isinstance(source, OrbaxSource):
-        return [f"create_model_from_checkpoint({str(source.directory)!r}, cfg)", f"convert-oss {directory} OUT", *found]
+        place = directory if (directory / METADATA).is_file() else source.directory  # others look for no item
+        load = f"create_model_from_checkpoint({str(place)!r}, cfg)"
+        return [load, *([f"verify-oss {place}", f"check-parity {place}"] if ours else [f"convert-oss {directory} OUT"]), *found]
     packed = [f"convert-oss {directory} OUT --dtype mxfp4"] if source.layout.packed else []
     proof = [] if source.layout.foreign else [f"check-parity {directory} OUT --layers"]
     return [f"convert-oss {directory} OUT", *packed, *proof, *found]

@@ -1,7 +1,7 @@
 """An Orbax checkpoint as a source: ours, or one that training saved, with whatever lies beside the model in it."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +19,30 @@ from oss_model.zarr import METADATA, DamagedChunk, StoredArray, open_arrays
 NOT_THE_MODEL = {"mu", "nu", "moments", "opt_state", "optimizer", "optimizer_state", "ema", "grads"}
 ABOVE = 3  # directories above a checkpoint, in which its config.json may be: RUN/steps/100/default
 LEAF = "value"
+FIRST = f"embedding.weight.{LEAF}"  # of every model
 
 
 def find(path: Path) -> Path | None:
     """The directory that Orbax wrote the arrays to: `path`, an item of it, or one of its last step (`CheckpointManager`).
 
     None: there is none.
+
+    Raises:
+      InputError: if several have a whole model.
     """
     if (path / METADATA).is_file():
         return path
     steps = sorted((int(step.name), step) for step in path.iterdir() if step.name.isdigit()) if path.is_dir() else []
     for place in [step for _, step in steps[-1:]] or [path]:
+        if (place / METADATA).is_file():
+            return place
         items = sorted(found.parent for found in place.glob(f"*/{METADATA}"))
-        if (place / METADATA).is_file() or items:
-            return place if (place / METADATA).is_file() else items[0]
+        whole = [item for item in items if len(items) == 1 or (item.name not in NOT_THE_MODEL and _above(_names(item)))]
+        if len(whole) > 1:
+            names = ", ".join(item.name for item in whole)
+            raise InputError(f"{place}: expected one checkpoint, found several in it ({names}); give one of them")
+        if items:
+            return [*whole, *items][0]
     return None
 
 
@@ -151,19 +161,23 @@ def _ours(found: dict[str, StoredArray]) -> dict[str, Array]:
 
 def _theirs(directory: Path) -> dict[str, Array]:
     """Every array that tensorstore finds where the metadata has one: name -> array."""
-    try:
-        entries = parse_json((directory / METADATA).read_bytes())["tree_metadata"].values()
-        names = [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{directory / METADATA}: expected Orbax's metadata, found something else ({e!r})") from None
     found = {}
-    for name in names:
+    for name in _names(directory):
         try:
             opened = _open(directory, name)
         except Exception:  # strings, None and empty trees have no array; what of the model is missing is told by name
             continue
         found[name] = Array(tuple(opened.shape), np.dtype(opened.dtype.numpy_dtype), theirs=opened)
     return found
+
+
+def _names(directory: Path) -> list[str]:
+    """Of the leaves of its tree."""
+    try:
+        entries = parse_json((directory / METADATA).read_bytes())["tree_metadata"].values()
+        return [".".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{directory / METADATA}: expected Orbax's metadata, found something else ({e!r})") from None
 
 
 def _open(directory: Path, key: str) -> Any:
@@ -180,18 +194,22 @@ def _open(directory: Path, key: str) -> Any:
 
 def _of_the_model(directory: Path, arrays: dict[str, Array]) -> dict[str, Array]:
     """Those of the model, by its own names."""
-    end = f"embedding.weight.{LEAF}"
-    above = [name.removesuffix(end) for name in arrays if name.endswith(end)]
-    above = [prefix for prefix in above if not NOT_THE_MODEL & set(prefix.split("."))]
+    above = _above(arrays)
     if len(above) != 1:
         what = f"several ({', '.join(prefix or 'the whole' for prefix in above)})" if above else "none"
         some = ", ".join(sorted(arrays)[:3])
         raise InputError(
-            f"{directory}: expected one tree of a whole model's parameters ({end}), found {what}; it has {some or 'none'}. "
+            f"{directory}: expected one tree of a whole model's parameters ({FIRST}), found {what}; it has {some or 'none'}. "
             "LoRA updates alone are merged into a checkpoint: --merge"
         )
     names = {name.removeprefix(above[0]): array for name, array in arrays.items() if name.startswith(above[0])}
     return {name.removesuffix(f".{LEAF}"): array for name, array in names.items() if name.endswith(f".{LEAF}")}
+
+
+def _above(names: Iterable[str]) -> list[str]:
+    """What stands before the names of a model, for each that is in a tree."""
+    above = [name.removesuffix(FIRST) for name in names if name.endswith(FIRST)]
+    return [prefix for prefix in above if not NOT_THE_MODEL & set(prefix.split("."))]
 
 
 def _unstacked(arrays: dict[str, Array], wanted: dict[str, Entry]) -> dict[str, tuple[str, int | None]]:

@@ -2,12 +2,13 @@
 
 import json
 import shlex
+import shutil
 
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from converter.cli import inspect_main, main
+from converter.cli import inspect_main, main, verify_main
 from oss_model import add_lora, create_model_from_checkpoint, save_lora
 
 
@@ -53,6 +54,16 @@ def test_what_it_advises_works(sources, checkpoints, cfg, tmp_path, kind):
     for number, line in enumerate(advice):
         command = shlex.split(line.replace(" OUT", f" {tmp_path / str(number)}"), comments=True)[1:]
         assert main([*command, "-q", "--no-verify"]) == 0, line
+
+
+def test_what_it_advises_is_of_the_checkpoint_itself(checkpoints, cfg, tmp_path):
+    """Where a directory above it was given: other commands look for no item."""
+    shutil.copytree(checkpoints["bfloat16"], tmp_path / "run/model")
+    advice = inspect(tmp_path / "run", tmp_path)["what_to_do"]
+    assert f"verify-oss {tmp_path / 'run/model'}" in advice
+    assert verify_main([str(tmp_path / "run/model"), "-q"]) == 0
+    create_model_from_checkpoint(tmp_path / "run/model", cfg)
+    assert f"create_model_from_checkpoint({str(tmp_path / 'run/model')!r}, cfg)" in advice
 
 
 def test_updates_are_told(checkpoints, cfg, tmp_path, capsys):

@@ -15,7 +15,8 @@ from flax import nnx
 from test_converter_export import tensors, values
 
 from converter import convert
-from converter.cli import main
+from converter.cli import inspect_main, main
+from converter.orbax_source import find
 from converter.source import open_checkpoint
 from oss_model import Transformer, add_lora, create_model_from_checkpoint, cross_entropy, load_lora, merge_lora, save_lora
 from oss_model.layouts import BFLOAT16
@@ -77,6 +78,23 @@ def test_the_last_step_beside_an_optimizers_state(trained, checkpoints, tmp_path
         assert source.home == tmp_path / "run/base"
     convert(tmp_path / "run/steps", tmp_path / "out", to="hf-bf16")
     same(tmp_path / "out", trained)
+
+
+def test_of_several_items_the_one_with_a_model_is_meant(checkpoints, tmp_path, capsys):
+    """A directory of several checkpoints has no such one."""
+    step = tmp_path / "steps/10"
+    step.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(step / "arrays", {"step": jnp.int32(10)})
+        checkpointer.save(step / "opt_state", {"0": {"mu": {"embedding": {"weight": {"value": jnp.zeros(3)}}}}})
+    shutil.copytree(checkpoints["bfloat16"], step / "params")
+    assert find(tmp_path / "steps") == step / "params"
+    shutil.copytree(checkpoints["float32"], step / "params32")
+    for command in ([str(step), str(tmp_path / "out")], [str(step)]):
+        assert (main if len(command) == 2 else inspect_main)(command) == 2
+        said = f"error: {step}: expected one checkpoint, found several in it (params, params32); give one of them\n"
+        assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long
