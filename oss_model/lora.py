@@ -27,7 +27,7 @@ from oss_model.layouts import lora_shapes, parameter_name
 from oss_model.lora_note import NOTE, Noted, read_note, write_note
 from oss_model.modeling import Transformer
 from oss_model.params import stored_parameters
-from oss_model.restoring import restoring
+from oss_model.restoring import replace_faults, restoring
 
 Adaptable = Linear | ExpertLinear
 
@@ -114,15 +114,16 @@ def save_lora(model: Transformer, directory: str | os.PathLike, rules: str | Seq
     """Write the updates alone, as plain Orbax does, with each one's rank and alpha beside them in lora.json.
 
     Args:
-      directory: a new one, or one written before, which is replaced.
+      directory: a new one, or one written before, which is replaced; one with anything else in it is refused.
       rules: those of `add_lora`, to be noted too.
 
     Raises:
-      InputError: if the model has none.
+      InputError: if the model has none, or the directory holds something else.
     """
     modules = {name: module.lora for name, module in _adaptable(model) if module.lora is not None}
-    raise_all([] if modules else [f"{directory}: expected a model with LoRA parameters to save, found one without"])
     path = Path(directory).absolute()
+    without = f"{directory}: expected a model with LoRA parameters to save, found one without"
+    raise_all([*([] if modules else [without]), *replace_faults(path, [NOTE])])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, nnx.state(model, nnx.LoRAParam), force=True)
     updates = {name: Noted(update.rank, float(update.alpha)) for name, update in modules.items()}

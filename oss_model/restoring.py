@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +14,8 @@ from oss_model.memory import free_memory, out_of_memory, size
 from oss_model.zarr import METADATA
 
 LISTED = 3  # of the names found in its place
+# Entries of a directory that `StandardCheckpointer` saved, as Orbax 0.12 names them.
+ORBAXS = re.compile(r"_\w+|array_metadatas|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+")
 
 
 @contextlib.contextmanager
@@ -82,6 +86,19 @@ def not_a_checkpoint(path: Path, *, safetensors: bool = False) -> InputError:
         return InputError(f"{looked} safetensors; convert them first: convert-oss {path} DST")
     found = f"other files ({_list(names)})" if names else "an empty directory"
     return InputError(f"{looked} {found}; give another, or make one with convert-oss")
+
+
+def replace_faults(path: Path, beside: Collection[str] = ()) -> list[str]:
+    """What is wrong with saving by Orbax where `path` is, which removes all that is there: a line, or none.
+
+    Args:
+      beside: names of what was put beside the arrays.
+    """
+    if not path.is_dir():
+        return [f"{path}: expected a directory to save to, or nothing, found a file; move it"] if os.path.lexists(path) else []
+    others = [entry.name for entry in path.iterdir() if not ORBAXS.fullmatch(entry.name) and entry.name not in beside]
+    removed = "saving would remove it; move it elsewhere, or save to another directory"
+    return [f"{path}: expected nothing but what was saved there before, found {_list(others)}: {removed}"] if others else []
 
 
 def _list(names: Iterable[str]) -> str:

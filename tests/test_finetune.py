@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 from oss_model import InputError, ModelConfig, create_model_from_checkpoint, hub, layouts, load_lora
+from oss_model.errors import Incomplete
 from oss_model.synthetic import write_checkpoint
 from oss_model.training import Data
 
@@ -202,6 +203,46 @@ def test_a_refused_call_does_not_lock_the_directory(sources, text, tmp_path):
     assert first.startswith(f"{text}: expected more than 100000 tokens")
     assert "expected compute None as when it began, found 'float32'; use another directory" in last
     assert [file.name for file in run.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("name", ["base", "steps", "model", "lora", "log.jsonl"])
+def test_where_a_run_begins_its_names_are_free(sources, text, tmp_path, name):
+    """It would remove what is there, or go on from it."""
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run/notes.md").write_text("mine")
+    with pytest.raises(InputError, match=f"expected none of a run's own names where one begins, found {name}; move"):
+        SCRIPT_MODULE.main.main([*map(str, (sources["hf"], text, tmp_path / "run")), *FAST], standalone_mode=False)
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {name, "notes.md"}
+
+
+def test_what_was_put_beside_a_result_is_not_removed(checkpoints, cfg, tmp_path):
+    SCRIPT_MODULE.save(create_model_from_checkpoint(checkpoints["bfloat16"], cfg), checkpoints["bfloat16"], tmp_path / "model")
+    assert SCRIPT_MODULE.others(tmp_path, checkpoints["bfloat16"], True) == []
+    (tmp_path / "model/thesis.txt").write_text("mine")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/a.txt").write_text("mine")
+    assert [line.partition(": saving would")[0] for line in SCRIPT_MODULE.others(tmp_path, checkpoints["bfloat16"], True)] == [
+        f"{tmp_path / 'model'}: expected nothing but what was saved there before, found thesis.txt",
+        f"{tmp_path / 'lora'}: expected nothing but what was saved there before, found a.txt",
+    ]
+
+
+def test_what_convert_refuses_leaves_no_note(sources, text, tmp_path, monkeypatch):
+    """Too little room, for example; what it could not finish keeps its note."""
+
+    def refuse(*_, **__):
+        assert (tmp_path / "run/run.json").exists()
+        raise error
+
+    monkeypatch.setattr(SCRIPT_MODULE, "convert", refuse)
+    for error, left in (
+        (InputError("too little room"), []),
+        (Incomplete("full"), ["run.json"]),
+        (InputError("no"), ["run.json"]),
+    ):
+        with pytest.raises(type(error)):
+            SCRIPT_MODULE.main.main([*map(str, (sources["hf"], text, tmp_path / "run")), *FAST], standalone_mode=False)
+        assert [file.name for file in (tmp_path / "run").iterdir()] == left
 
 
 def test_a_tokenizer_without_its_package_is_one_line(sources, text, tmp_path, monkeypatch):

@@ -206,6 +206,11 @@ def test_updates_of_another_model_are_refused(checkpoints, cfg, even_checkpoints
         save_lora(model, tmp_path / "none")
     add_lora(model, ".*q_proj", rank=2, rngs=nnx.Rngs(0))
     save_lora(model, tmp_path / "lora")
+    save_lora(model, tmp_path / "lora")  # over those saved before
+    (tmp_path / "lora/notes.md").write_text("mine")
+    with pytest.raises(InputError, match=r"lora: expected nothing but what was saved there before, found notes\.md: saving"):
+        save_lora(model, tmp_path / "lora")
+    (tmp_path / "lora/notes.md").unlink()
     other = create_model_from_checkpoint(even_checkpoints["mxfp4"], even_cfg)
     with pytest.raises(InputError, match=r"layers.0.attn.q_proj: expected shapes .*, found \[\(2, 96\), \(14, 24, 2\)\]"):
         load_lora(other, tmp_path / "lora")

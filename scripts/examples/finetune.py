@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +48,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from converter import convert
+from converter.configs import TRAINED
 from oss_model import (
     InputError,
     ModelConfig,
@@ -63,7 +65,9 @@ from oss_model.exits import run_click
 from oss_model.files import parse_json, write_file
 from oss_model.layouts import parameter_name
 from oss_model.lora import select
+from oss_model.lora_note import NOTE
 from oss_model.params import is_orbax
+from oss_model.restoring import replace_faults
 from oss_model.sharding import check
 from oss_model.shards import Checkpoint
 from oss_model.training import Data, Training, train
@@ -111,6 +115,36 @@ def noted(file: Path) -> dict:
 def note(file: Path, settings: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps(settings, indent=1).encode(), durable=True)  # half a note would lock the directory
+
+
+@contextlib.contextmanager
+def noted_while(file: Path, begun: bool) -> Iterator[None]:
+    """A run that is refused where it begins leaves no note: the next call may ask for something else."""
+    try:
+        yield
+    except (InputError, SystemExit) as error:
+        refused = isinstance(error, InputError) or error.code == InputError.exit_code
+        if refused and not begun and jax.process_index() == 0:
+            file.unlink()
+        raise
+
+
+def others(run: Path, base: Path, begun: bool) -> list[str]:
+    """What is not of this run, and would be removed or taken for its own: a line each."""
+    if not begun:
+        names = ("base", "steps", "model", "model.partial", "lora", "log.jsonl", "tensorboard")
+        there = [name for name in names if os.path.lexists(run / name)]
+        wanted = f"{run}: expected none of a run's own names where one begins, found"
+        return [f"{wanted} {', '.join(there)}; move what is there, or use another directory"] if there else []
+    beside = {TRAINED, *(file.name for file in companions(base))}
+    models = (run / "model", run / "model.partial")
+    return [*(line for path in models for line in replace_faults(path, beside)), *replace_faults(run / "lora", [NOTE])]
+
+
+def companions(base: Path) -> list[Path]:
+    """What a reader needs to use the result, as it lies beside the arrays that were trained."""
+    files = base.iterdir() if base.is_dir() else ()
+    return [file for file in files if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json"]
 
 
 def differences(run: Path, before: dict, settings: dict, usual: dict) -> list[str]:
@@ -198,10 +232,9 @@ def save(model: Transformer, base: Path, out: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(partial.absolute(), nnx.state(model))
     if first:
-        (partial / "trained.json").write_text(json.dumps({"base": str(base.resolve())}))  # whose bytes an export may keep
-        for file in base.iterdir():
-            if file.is_file() and not file.name.startswith("_") and file.name != "conversion.json":  # that is of the base
-                shutil.copy2(file, partial)
+        (partial / TRAINED).write_text(json.dumps({"base": str(base.resolve())}))  # whose bytes an export may keep
+        for file in companions(base):
+            shutil.copy2(file, partial)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
     together("saved")
@@ -328,6 +361,8 @@ def main(
     )
     check_rules(cfg, lora, rank, chosen, freeze)
     before = noted(run / "run.json")
+    base = src if source is None else run / "base"
+    foreign = others(run, base, bool(before))  # before any process goes on, and writes
     day = first_day(before)
     data = Data(text, src, batch, length, day)
     held = None if held_out is None else Data(held_out, src, batch, length, day)
@@ -347,16 +382,17 @@ def main(
             *data.faults(cfg),
             *([] if held is None else held.faults(cfg)),
             *differences(run, before, what, {name: usual for name, (_, usual) in more.items()}),
+            *foreign,
         ]
     )
 
     if jax.process_index() == 0:
         note(run / "run.json", what | {"began": day.isoformat()})
     with resumable():
-        base = src if source is None else run / "base"
         if not is_orbax(base):
             dtype = "mxfp4" if source is not None and source.layout.packed else "bfloat16"
-            converted(src, base, dtype)
+            with noted_while(run / "run.json", bool(before)):
+                converted(src, base, dtype)
         model = create_model_from_checkpoint(base, cfg, devices)
         if lora:
             names, trained = add_lora(model, lora, rank, rngs=nnx.Rngs(0)), nnx.LoRAParam
