@@ -200,7 +200,7 @@ def _convert_oss(
                 click.echo(f"pushed to {address}", err=True)
         return 0
 
-    return output.guard(run)
+    return output.guard(run, destination)
 
 
 ADAPTERS = ("orbax-lora", "peft")
@@ -362,9 +362,11 @@ class _Json(NamedTuple):
             click.echo(text)
         return self.printed or self.file == "-"
 
-    def guard(self, run: Callable[[], int]) -> int:
-        """Run; where that fails, say so in JSON too."""
+    def guard(self, run: Callable[[], int], destination: str | None = None) -> int:
+        """Run; where that fails, say so in JSON too. The file is to be another than what is written at `destination`."""
         raise_all([] if self.file is None else file_faults(self.file))
+        if self.file is not None and destination is not None and os.path.realpath(self.file) == os.path.realpath(destination):
+            raise InputError(f"--json-file: expected another place than DST, found {self.file}")
         try:
             return run()
         except (Exception, KeyboardInterrupt) as error:

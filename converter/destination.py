@@ -122,16 +122,24 @@ class Directory:
         """
         raise_all(
             [
-                f"{self.path / name}: not in {MANIFEST}, so --overwrite does not remove it; move it away"
+                f"{self.path}/{name}: not in {MANIFEST}, so --overwrite does not remove it; move it away"
                 for name in self.unknown_files(manifest)
             ]
         )
 
     def unknown_files(self, manifest: dict) -> list[str]:
-        """Every file in the checkpoint at DST that its manifest does not name: relative paths."""
+        """Every file in the checkpoint at DST that its manifest does not name: relative paths.
+
+        A directory in which it names none is told as a whole, `name/`.
+        """
+        known = known_files(manifest)
+        ours = {name.partition("/")[0] for name in known} | set(self._staying())
+        directories = {path.name for path in self.path.iterdir() if path.is_dir() and not path.is_symlink()} - ours
         files = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = {path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in self._staying()}
-        return sorted(names - known_files(manifest))
+        names = {
+            path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in {*self._staying(), *directories}
+        }
+        return sorted((names - known) | {f"{name}/" for name in directories})
 
     def finish(self, source: Path, overwrite: bool) -> None:
         """Put the checkpoint, which is whole and synced, in its place; what is there is exchanged for it, or set aside.

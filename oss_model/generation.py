@@ -102,9 +102,9 @@ def _faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> l
     vocabulary, faults = model.cfg.vocab_size, []
     if not prompts or any(len(row) == 0 for row in prompts):
         faults.append("prompts: expected one or more, each of one token or more, found an empty one or none")
-    outside = [token for row in prompts for token in row if not 0 <= token < vocabulary]
+    outside = [token for row in prompts for token in row if type(token) is not int or not 0 <= token < vocabulary]
     if outside:
-        faults.append(f"prompts: expected token ids from 0 to {vocabulary - 1}, found {outside[0]}")
+        faults.append(f"prompts: expected token ids, whole numbers from 0 to {vocabulary - 1}, found {outside[0]}")
     limit, longest = model.cfg.max_position_embeddings, max(map(len, prompts), default=0)
     if longest + max_new_tokens > limit:
         faults.append(
@@ -112,7 +112,7 @@ def _faults(model, prompts, max_new_tokens, temperature, top_k, top_p, key) -> l
             f" {max_new_tokens} new ones: shorten it, or ask for fewer"
         )
     for name, value, good, expected in [
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1 and max_new_tokens % 1 == 0, "a whole number, 1 or more"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k is None or 1 <= top_k <= vocabulary, f"1 to {vocabulary}"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "more than 0, at most 1"),

@@ -38,7 +38,7 @@ def write_checkpoint(out: str | os.PathLike, cfg: ModelConfig, layout: str = "hf
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: expected a new or empty directory, found something; give another name, or remove it")
+        raise InputError(f"{out}: expected a new or empty directory, found something; give another name")
     table = layouts.LAYOUTS[layout]
     dataclasses.replace(cfg, param_dtype="mxfp4")  # which needs whole blocks
     config = dialects.write(cfg, "openai") if layout == "openai" else hf_config(cfg, table.packed)

@@ -14,7 +14,7 @@ from click_option_group import optgroup
 
 from oss_model import hub
 from oss_model.buckets import path_of
-from oss_model.errors import Incomplete, InputError, file_faults, place_faults, raise_all, system_error
+from oss_model.errors import Incomplete, InputError, file_faults, nothing_at, place_faults, raise_all, system_error
 from oss_model.exits import run_click
 from oss_model.terminal import columns, shown
 
@@ -176,13 +176,17 @@ def _pair(source: Path | None, checkpoint: Path | None, scratch: Path) -> tuple[
         from oss_model.files import parse_json
 
         manifest = source / "conversion.json"
+        if not source.is_dir():
+            raise InputError(f"{source}: expected a checkpoint, found {nothing_at(source)}")
         try:
             said = parse_json(manifest.read_text(encoding="utf-8"))["source"]
             there, made_from = path_of(said["path"]), said.get("hub")
             if made_from and not there.is_dir():  # no longer in the cache
                 there = hub.local(made_from["repository"], made_from["commit"], made_from.get("subfolder"))
+            elif not there.is_dir():
+                raise InputError(f"{manifest}: says that it was made from {there}, where there is none now; give SRC and DST")
             return there, source
-        except InputError:  # of the hub
+        except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{manifest}: expected a manifest of convert-oss, found none ({e}); give SRC and DST") from None

@@ -67,7 +67,9 @@ class Recorder:
     def __init__(self, oracle: Oracle, directory: str | Path, prompt: Prompt, described: dict[str, Any]):
         self.oracle, self.directory, self.described = oracle, Path(directory), described
         if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise InputError(f"{directory}: expected a new or empty directory for a recording, found something; remove it")
+            raise InputError(
+                f"{directory}: expected a new or empty directory for a recording, found something; give another name"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         self.hashes: dict[str, dict[str, Any]] = {}
         self.length = prompt.tokens.shape[1]

@@ -222,3 +222,9 @@ def test_a_reader_who_leaves_changes_nothing(hf, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("converting: ")
     assert (tmp_path / "out" / "conversion.json").is_file()
+
+
+def test_the_report_is_not_written_where_the_checkpoint_goes(sources, tmp_path, capsys):
+    assert main([str(sources["hf"]), str(tmp_path / "out"), "--json-file", f"{tmp_path}/./out"]) == 2
+    assert capsys.readouterr().err == f"error: --json-file: expected another place than DST, found {tmp_path}/./out\n"
+    assert not list(tmp_path.iterdir())

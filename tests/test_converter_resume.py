@@ -187,13 +187,14 @@ def test_overwrite_replaces_what_the_manifest_names_and_nothing_else(small, smal
     out = Path(shutil.copytree(small_out, tmp_path / "out"))
     (out / "run-1").mkdir()
     (out / "run-1" / "step_100").write_text("weeks of training")
+    (out / "for later").mkdir()
     (out / "notes.md").symlink_to("/dev/null")
     before = tree(tmp_path)
     with pytest.raises(InputError) as caught:
         convert(small, out, overwrite=True)
     assert caught.value.faults == [
         f"{out}/{name}: not in conversion.json, so --overwrite does not remove it; move it away"
-        for name in ("notes.md", "run-1/step_100")
+        for name in ("for later/", "notes.md", "run-1/")
     ]
     assert tree(tmp_path) == before
 

@@ -101,13 +101,17 @@ def test_every_bad_argument_is_named(model):
         generate(model, [[1], []], 0, temperature=0.7, top_k=0, top_p=1.5)
     assert caught.value.faults == [
         "prompts: expected one or more, each of one token or more, found an empty one or none",
-        "max_new_tokens: expected 1 or more, found 0",
+        "max_new_tokens: expected a whole number, 1 or more, found 0",
         "top_k: expected 1 to 509, found 0",
         "top_p: expected more than 0, at most 1, found 1.5",
         "key: expected a jax.random.key where temperature is not 0, found None",
     ]
-    with pytest.raises(InputError, match="prompts: expected token ids from 0 to 508, found 509"):
-        generate(model, [[1, 509]], 1)
+    for token in (509, 1.5):
+        with pytest.raises(InputError, match=f"prompts: expected token ids, whole numbers from 0 to 508, found {token}"):
+            generate(model, np.array([[token]]), 1)
+    assert _faults(model, [[1]], 1.5, 0.0, None, None, None) == [
+        "max_new_tokens: expected a whole number, 1 or more, found 1.5"
+    ]
 
 
 def test_more_positions_than_the_model_was_made_for_are_refused(model):

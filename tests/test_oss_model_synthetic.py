@@ -301,9 +301,7 @@ def test_only_a_new_or_empty_directory_is_written(tmp_path):
     (full / "mine").write_text("kept")
     file.write_text("kept")
     for out in (full, file):
-        assert refused(out, SMALL) == [
-            f"{out}: expected a new or empty directory, found something; give another name, or remove it"
-        ]
+        assert refused(out, SMALL) == [f"{out}: expected a new or empty directory, found something; give another name"]
     assert [path.name for path in full.iterdir()] == ["mine"]
     assert file.read_text() == "kept"
 
@@ -368,7 +366,7 @@ def test_command_line_usage(arguments, message, tmp_path, capsys):
 def test_command_line_with_a_place_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path)]) == 2
-    problem = "expected a new or empty directory, found something; give another name, or remove it"
+    problem = "expected a new or empty directory, found something; give another name"
     assert capsys.readouterr().err == f"error: {tmp_path}: {problem}\n"
     out = tmp_path / "file" / "out"
     assert main([str(out)]) == 2

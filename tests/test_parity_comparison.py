@@ -406,11 +406,19 @@ def test_the_first_failing_tap_is_marked(monkeypatch, sources, checkpoints):
         (["{tmp}/none", "{dst}"], "error: {tmp}/none: expected a directory of safetensors files, found nothing"),
         (["{src}", "{tmp}"], "error: {tmp}: expected an Orbax checkpoint or safetensors (_METADATA, *.safetensors), found"),
         (["{src}"], "error: {src}/conversion.json: expected a manifest of convert-oss, found none"),
+        (["{tmp}/none"], "error: {tmp}/none: expected a checkpoint, found nothing"),
+        (
+            ["{moved}"],
+            "error: {moved}/conversion.json: says that it was made from {tmp}/gone, where there is none now; give SRC",
+        ),
         (["{src}", "{dst}", "--json", "{tmp}/no/f.json"], "error: {tmp}/no/f.json: expected a file in an existing directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path, sources, checkpoints, arguments, message):
-    places = {"tmp": tmp_path, "src": sources["hf"], "dst": checkpoints["bfloat16"]}
+    moved = tmp_path / "moved"
+    places = {"tmp": tmp_path, "src": sources["hf"], "dst": checkpoints["bfloat16"], "moved": moved}
+    moved.mkdir()
+    (moved / "conversion.json").write_text(json.dumps({"source": {"path": str(tmp_path / "gone")}}))
     result = CliRunner().invoke(main, [argument.format(**places) for argument in arguments])
     assert result.exit_code == 2
     assert result.stderr.startswith(message.format(**places))
