@@ -1,4 +1,4 @@
-"""From a gpt-oss safetensors checkpoint to an Orbax one."""
+"""gpt-oss checkpoints from one form to another: safetensors to Orbax, and the way back."""
 
 from typing import TYPE_CHECKING
 

@@ -72,6 +72,8 @@ def read(directory: Path, cfg: ModelConfig, value: Callable[[str], np.ndarray] |
 def _read_ours(directory: Path, cfg: ModelConfig) -> dict[str, Update]:
     noted = read_note(directory)
     if noted is None:
+        if (directory / "config.json").is_file():
+            raise InputError(f"{directory}: expected LoRA updates ({CONFIG} of PEFT, or {NOTE}), found a model")
         raise InputError(
             f"{directory / NOTE}: expected the ranks and alphas that save_lora notes, found no file; load the updates with"
             " oss_model.load_lora, and save them anew with save_lora"
@@ -327,8 +329,6 @@ def write_peft(directory: Path, updates: Mapping[str, Update], base: str | None)
 
 
 # --- from one form to the other ---------------------------------------------------------------------------------
-
-FORMS = ("orbax-lora", "peft")
 
 
 def convert_adapter(src: Path, dst: Path, to: str, base: Path | None = None) -> list[str]:

@@ -50,6 +50,8 @@ def verify_checkpoint(
     start, directory = time.perf_counter(), path_of(dst)
     if not any((directory / name).exists() for name in (MANIFEST, *METADATA)):
         found = "another directory" if directory.is_dir() else nothing_at(directory)
+        if src is not None and (path_of(src) / MANIFEST).is_file():
+            found += f", and {src} is one: DST comes first"
         raise InputError(f"{directory}: expected a checkpoint written by convert-oss, found {found}")
     manifest = read_manifest(directory)
     if manifest is None:

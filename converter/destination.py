@@ -104,6 +104,8 @@ class Directory:
             if manifest is None:
                 damaged = (self.path / MANIFEST).exists()
                 what = f"its {MANIFEST} is damaged" if damaged else "it is not a checkpoint of this command"
+                if any(self.path.glob("*.safetensors")):
+                    what += ", and holds safetensors (SRC comes first, then DST)"
                 raise InputError(
                     f"{self.path}: expected a new or empty directory, found one with other files in it; "
                     f"{what}, so it is never overwritten: give another name"

@@ -43,7 +43,7 @@ class Form:
         return self.to != "orbax"
 
     def note(self) -> dict:
-        """For conversion.json: empty where an earlier release would have said nothing."""
+        """For conversion.json: empty where an earlier version would have said nothing."""
         if self == Form(dtype=self.dtype):
             return {}
         paths = {"like": self.like, "merge": self.merge}

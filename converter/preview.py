@@ -31,7 +31,7 @@ class Preview:
     space_free: int | None  # None: nobody says, of a bucket
     memory: int  # resident bytes at the most
     seconds: float  # an estimate
-    plan: list[dict]  # a tensor: from, pattern, to, shape, dtype, chunks, bytes
+    plan: list[dict]  # a tensor: from, how, pattern, to, shape, dtype, chunks, bytes
     to: str = "orbax"
     notes: list[str] = dataclasses.field(default_factory=list)  # what whoever uses it should know
 

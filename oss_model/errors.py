@@ -114,10 +114,13 @@ def meant(word: str, known: Mapping[str, object]) -> str:
     return f"; did you mean {known[close[0]]}?" if close else ""
 
 
+GGUF = "GGUF is llama.cpp's, and not read here: give the safetensors that it was made from"
+
+
 def nothing_at(path: Path) -> str:
     """What a path that leads to no directory leads to: a file, or nothing, and perhaps another was meant, with another name."""
     if path.exists():
-        return "a file"
+        return f"a file{f'; {GGUF}' if path.suffix == '.gguf' else ''}"
     other = ""
     if not str(path).startswith("gs://"):
         with contextlib.suppress(OSError):  # that may not be listed

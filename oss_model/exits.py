@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 from oss_model.errors import CommandError, Incomplete, InputError, OutOfMemory, meant, nothing_at, system_error
 from oss_model.memory import free_memory, out_of_memory, size
+from oss_model.terminal import shown
 
 BUG, INTERRUPTED = 70, 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -111,7 +112,7 @@ def _report(error: BaseException) -> int:
     if code == BUG:
         traceback.print_exception(error)
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(shown(f"error: {line}", sys.stderr), file=sys.stderr)
     return code
 
 

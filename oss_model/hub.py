@@ -65,7 +65,7 @@ def need(repository: str) -> None:
     except ImportError:
         raise InputError(
             f"{repository}: expected a directory, found nothing; if it is a repository of the Hugging Face hub, install"
-            " huggingface_hub (`pip install '.[hub]'`), or `hf download` it and give the directory{_or_here(repository)}"
+            " huggingface_hub (`pip install '.[hub]'`), or `hf download` it and give the directory" + _or_here(repository)
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""The table: three checkpoint layouts <-> the model's parameters, as data.
+"""The table: the layouts of checkpoints <-> the model's parameters, as data.
 
 A row says which tensor of a checkpoint holds which parameter of the model, and how their axes correspond, as an
 einops pattern read from the checkpoint to the model. Read backwards, the same row writes a checkpoint. Sizes of
@@ -84,7 +84,7 @@ _HF_COMMON = (
     Row("model.norm.weight", "norm.scale", "hidden -> hidden"),
     Row("lm_head.weight", "lm_head.weight", "vocab hidden -> vocab hidden"),
 )
-# The only layout whose experts are stored for x @ W: they are transposed back to [experts, out, in].
+# Experts that are stored for x @ W: they are transposed back to [experts, out, in].
 _HF_BF16_EXPERTS = (
     Row(f"{_HF}.mlp.experts.gate_up_proj", "layers.{n}.mlp.gate_up.weight",
         "experts hidden (inner glu) -> experts glu inner hidden"),

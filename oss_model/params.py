@@ -37,8 +37,8 @@ def create_model_from_checkpoint(checkpoint_path: str | os.PathLike, cfg: ModelC
     """Load a model.
 
     Args:
-      checkpoint_path: an Orbax checkpoint written by convert-oss, or a safetensors directory in any of the three
-        layouts.
+      checkpoint_path: an Orbax checkpoint of `nnx.state(Transformer)`, by convert-oss or plain Orbax, here or at gs://; or a
+        safetensors directory in any layout of docs/conversion.md.
       cfg: the model's configuration. `param_dtype` says how parameters are held, from either kind of checkpoint; None:
         as they are stored. The model's own `cfg.param_dtype` says which it became. They are cast to `cfg.dtype` where
         they are used.

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from oss_model import layouts
 from oss_model.buckets import FETCH_BYTES, GsPath, path_of
 from oss_model.config import ModelConfig
-from oss_model.errors import InputError, nothing_at, raise_all
+from oss_model.errors import GGUF, InputError, nothing_at, raise_all
 from oss_model.files import OpenFile, parse_json
+from oss_model.lora_note import NOTE
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32), "U8": np.dtype(np.uint8)}
@@ -147,6 +148,12 @@ class Checkpoint:
         if not self.directory.is_dir():
             found = nothing_at(self.directory)
             raise InputError(f"{self.directory}: expected a directory of safetensors files, found {found}")
+        updates = [name for name in ("adapter_config.json", NOTE) if (self.directory / name).is_file()]
+        if updates and not (self.directory / "config.json").exists():
+            raise InputError(
+                f"{self.directory}: expected a whole model, found LoRA updates ({updates[0]}): give the model, and these with"
+                " convert-oss --merge; inspect-oss says what else can be done"
+            )
         faults: list[str] = []
         try:
             self.shards = Shards(self.directory)
@@ -285,6 +292,8 @@ def _look_elsewhere(directory: Path) -> str:
         return "it is an Orbax checkpoint already"
     if (directory / "model.bin").exists():
         return "model.bin is in OpenAI's Metal format, which is not read: give the directory above metal/, or original/"
+    if any(directory.glob("*.gguf")):
+        return GGUF
     below = sorted({file.parent.name for file in directory.glob("*/*.safetensors")})
     if below:
         return f"there are some in {', '.join(below)}: give that directory"

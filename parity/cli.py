@@ -220,9 +220,10 @@ def _golden(source: Path | None, checkpoint: Path | None, golden: Path) -> "tupl
 
 
 def _not_for_self_test(context: click.Context) -> list[str]:
-    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    others = [name for name in given if name not in ("self_test", "json")]
-    return [f"--self-test: makes everything by itself, found {name.replace('_', '-')}; leave it out" for name in others]
+    given = [p for p in context.command.params if context.get_parameter_source(p.name or "") == ParameterSource.COMMANDLINE]
+    spelt = {p.name: p.opts[0] if isinstance(p, click.Option) else p.human_readable_name.strip("[]") for p in given}
+    others = [word for name, word in spelt.items() if name not in ("self_test", "json")]
+    return [f"--self-test: makes everything by itself, found {word}; leave it out" for word in others]
 
 
 def _two_prompts(context: click.Context) -> list[str]:
@@ -287,8 +288,9 @@ def _compare(source: "Path | Recording", checkpoint: Path, prompt_file: Path | N
 @click.argument("before", type=_REPORT)
 @click.argument("after", type=_REPORT)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--json-file", metavar="F", type=_FILE, help="Write that object to F; - is stdout.")
 @click.version_option(package_name="convert-oss", message="%(prog)s %(version)s")
-def _report_diff(before: Path, after: Path, as_json: bool) -> int:
+def _report_diff(before: Path, after: Path, as_json: bool, json_file: Path | None) -> int:
     """Say what changed between two reports of check-parity --json, from before and after a change of a kernel, say.
 
     It lists verdicts that changed, weights that differ in one alone, and figures that are twice or half of what they were.
@@ -304,11 +306,15 @@ def _report_diff(before: Path, after: Path, as_json: bool) -> int:
     """
     from parity.reports import diff
 
+    raise_all([] if json_file is None else file_faults(json_file))
     sides = diff.read(before), diff.read(after)
     found = diff.changes(*sides)
-    if as_json:
-        verdicts = {"before": sides[0]["verdict"], "after": sides[1]["verdict"]}
-        click.echo(json.dumps(verdicts | {"changes": [one._asdict() for one in found]}))
+    verdicts = {"before": sides[0]["verdict"], "after": sides[1]["verdict"]}
+    text = json.dumps(verdicts | {"changes": [one._asdict() for one in found]})
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(text + "\n", encoding="utf-8")
+    if as_json or str(json_file) == "-":
+        click.echo(text)
     else:
         _print(lambda width: diff.table(*sides, width))
     return int(any(one.worse for one in found))

@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: makes .venv in the repository, once, and again when what it is made of changes.
-# torch comes first, pinned: left to the dependencies of others, pip takes the newest build with gigabytes of CUDA.
+# torch comes first, pinned: left to the dependencies of others, pip takes the newest. On Linux PyPI's build has gigabytes of
+# CUDA; TORCH=torch==2.13.0+cpu with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the one for CPUs.
 # Everything else is constrained to the newest versions that were run (scripts/matrix renews them), so that a new release
 # of somebody else's breaks nothing on the day it appears. CONSTRAINTS= (empty) takes the newest there are.
 set -euo pipefail

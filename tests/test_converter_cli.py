@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from converter.cli import main
+from converter.cli import main, verify_main
 from converter.store import Store
 from oss_model.config import ModelConfig
 from oss_model.synthetic import write_checkpoint
@@ -228,3 +228,29 @@ def test_the_report_is_not_written_where_the_checkpoint_goes(sources, tmp_path, 
     assert main([str(sources["hf"]), str(tmp_path / "out"), "--json-file", f"{tmp_path}/./out"]) == 2
     assert capsys.readouterr().err == f"error: --json-file: expected another place than DST, found {tmp_path}/./out\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("convert-oss {tmp}/gguf {tmp}/out", "GGUF is llama.cpp's, and not read here: give the safetensors"),
+        ("convert-oss {tmp}/gguf/model.gguf {tmp}/out", "found a file; GGUF is llama.cpp's, and not read here: give the"),
+        ("convert-oss {tmp}/peft {tmp}/out", "found LoRA updates (adapter_config.json): give the model, and these with"),
+        ("convert-oss {orbax} {tmp}/out --merge {orbax}", "expected LoRA updates (adapter_config.json of PEFT, or lora.json)"),
+        ("convert-oss {tmp}/none {hf}", "found nothing, and there is one at {hf}: SRC comes first, then DST"),
+        ("convert-oss {orbax} {hf}", "and holds safetensors (SRC comes first, then DST), so it is never overwritten"),
+        ("verify-oss {hf} {orbax}", "found another directory, and {orbax} is one: DST comes first"),
+        ("convert-oss openai/gpt-oss-20b {tmp}/out", "install huggingface_hub (`pip install '.[hub]'`), or `hf download` it"),
+    ],
+)
+def test_what_was_meant_is_told(typed, said, sources, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("gguf/model.gguf", "peft/adapter_config.json", "peft/adapter_model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    places = {"tmp": tmp_path, "hf": sources["hf"], "orbax": checkpoints["bfloat16"]}
+    command, *arguments = typed.format(**places).split()
+    assert (main if command == "convert-oss" else verify_main)(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said.format(**places) in line
+    assert "{" not in line

@@ -55,6 +55,13 @@ def test_two_reports_as_json(two):
     assert {"what": "form jit (float32, model)", "before": "", "after": "1.0e-01 fail", "worse": None} in found["changes"]
 
 
+def test_two_reports_as_json_in_a_file(two, tmp_path):
+    code, lines = two(lambda report: None, "--json-file", str(tmp_path / "changes.json"))
+    assert json.loads((tmp_path / "changes.json").read_text()) == {"before": "pass", "after": "pass", "changes": []}
+    assert (code, len(lines)) != (0, 0)  # and the table
+    assert two(lambda report: None, "--json-file", "-")[1] == [(tmp_path / "changes.json").read_text().strip()]
+
+
 NO_REPORTS = ["", "[]", "{}", '{"verdict": 1, "taps": [], "sections": [], "weights": {"differing": []}}',
               '{"verdict": "pass", "taps": 2, "sections": 3, "weights": 4}']  # fmt: skip
 

@@ -29,9 +29,6 @@ class Section(NamedTuple):
     lines: Sequence[str] = ()
     table: Sequence[str] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        return {"name": self.name, "verdict": self.verdict, "headline": self.headline, "lines": list(self.lines)}
-
 
 def sections(report: Report) -> list[Section]:
     arms = (

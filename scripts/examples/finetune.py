@@ -150,7 +150,7 @@ def companions(base: Path) -> list[Path]:
 def differences(run: Path, before: dict, settings: dict, usual: dict) -> list[str]:
     """What is other than in the run that noted `before`, a line each: a resumed run must be what it was.
 
-    What is as usual is not noted: runs of earlier releases, which knew fewer options, go on.
+    What is as usual is not noted: runs of earlier versions, which knew fewer options, go on.
     """
     if not before:
         return place_faults(run)
