@@ -96,9 +96,7 @@ def _shared_options(command: Callable) -> Callable:
     "--card", metavar="F", type=click.Path(), help="The card that check-parity wrote, for the model card of --push."
 )
 @optgroup.group("How it is written")
-@optgroup.option(
-    "--dry-run", is_flag=True, help="Print what it takes and the whole plan, one line for each tensor; write nothing."
-)
+@optgroup.option("--dry-run", is_flag=True, help="Print what it takes, and then what becomes of each tensor; write nothing.")
 @optgroup.option("--overwrite", is_flag=True, help="Replace a finished checkpoint at DST, once the new one is whole.")
 @optgroup.option("--no-verify", is_flag=True, help="Do not read back what was written.")
 @optgroup.option("--process", type=Share(), default="1/1", metavar="I/N", help="Write share I of N; the last process finishes.")
@@ -340,6 +338,7 @@ def _inspect_oss(path, revision, subfolder, json_file) -> int:
     from converter.inspection import describe, inspect
     from oss_model.memory import size
 
+    raise_all([] if json_file is None else file_faults(json_file.name))
     found = inspect(hub.local(path, revision, subfolder))
     if json_file is not None:
         json_file.write(json.dumps(dataclasses.asdict(found), indent=1) + "\n")

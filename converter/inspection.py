@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,17 +97,19 @@ def _of_a_model(directory: Path, source: Source) -> Inspection:
 
 
 def _for_a_model(directory: Path, source: Source, ours: bool) -> list[str]:
+    path = shlex.quote(str(directory))
     lossless = [to for to in ("hf", "hf-bf16", "openai") if to != source.layout.name and _is_lossless(source, to)]
     lossy = [to for to in ("hf", "openai") if not _is_lossless(source, to)]
-    found = [f"convert-oss {directory} OUT --to {to}" for to in lossless]
-    found += [f"convert-oss {directory} OUT --to {to} --quantizer best   # loses something; --like SRC" for to in lossy]
+    found = [f"convert-oss {path} OUT --to {to}" for to in lossless]
+    found += [f"convert-oss {path} OUT --to {to} --quantizer best   # lossy; --like SRC" for to in lossy]
     if isinstance(source, OrbaxSource):
-        place = directory if (directory / METADATA).is_file() else source.directory  # others look for no item
-        load = f"create_model_from_checkpoint({str(place)!r}, cfg)"
-        return [load, *([f"verify-oss {place}", f"check-parity {place}"] if ours else [f"convert-oss {directory} OUT"]), *found]
-    packed = [f"convert-oss {directory} OUT --dtype mxfp4"] if source.layout.packed else []
-    proof = [] if source.layout.foreign else [f"check-parity {directory} OUT --layers"]
-    return [f"convert-oss {directory} OUT", *packed, *proof, *found]
+        loaded = directory if (directory / METADATA).is_file() else source.directory  # others look for no item
+        load = f"create_model_from_checkpoint({str(loaded)!r}, cfg)"
+        place = shlex.quote(str(loaded))
+        return [load, *([f"verify-oss {place}", f"check-parity {place}"] if ours else [f"convert-oss {path} OUT"]), *found]
+    packed = [f"convert-oss {path} OUT --dtype mxfp4"] if source.layout.packed else []
+    proof = [] if source.layout.foreign else [f"check-parity {path} OUT --layers"]
+    return [f"convert-oss {path} OUT", *packed, *proof, *found]
 
 
 def _is_lossless(source: Source, to: str) -> bool:
@@ -148,8 +151,8 @@ def _of_updates(directory: Path) -> Inspection:
         made_from={"model": base} if base else None,
         updates=ranks,
         what_to_do=[
-            f"convert-oss {directory} OUT --to {other} --base MODEL",
-            f"convert-oss MODEL OUT --to hf --merge {directory}",
+            f"convert-oss {shlex.quote(str(directory))} OUT --to {other} --base MODEL",
+            f"convert-oss MODEL OUT --to hf --merge {shlex.quote(str(directory))}",
             *([] if peft else [f"oss_model.load_lora(model, {str(directory)!r})"]),
         ],
     )

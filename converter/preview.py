@@ -93,7 +93,7 @@ def preview(
 
 
 def describe(found: Preview) -> str:
-    """The same for people: the sums, then a line a tensor."""
+    """The same for people: the sums, then each tensor."""
     form = found.dtype if found.to == "orbax" else found.to
     lines = [f"{found.source_layout} -> {form}: {found.tensors} tensors in {found.chunks} chunks"]
     if found.status == "already-complete":

@@ -11,6 +11,7 @@
 
 import _thread
 import contextlib
+import difflib
 import errno
 import io
 import logging
@@ -98,6 +99,8 @@ def ending(error: BaseException) -> tuple[int, list[str]]:
 
 def _said(error: Any) -> str:
     """What click says; of a value that it refuses with what was meant perhaps, as it does itself of an option."""
+    if getattr(error, "possibilities", None):  # of an option: the nearest alone
+        error.possibilities = difflib.get_close_matches(error.option_name, error.possibilities, 1, 0)
     text = error.format_message()
     wrong = re.search(r"'([^']*)' (?:is not one of|does not exist)", text)
     if wrong is None:

@@ -357,7 +357,7 @@ class Arms:
         layer: PortLayer,
         taps: Arrays,
         have: np.ndarray,
-        gate: float = metrics.SEMANTICS_GATE,
+        gate: float = metrics.USUAL_GATE,
         channels: np.ndarray | None = None,
     ) -> None:
         """The expert sum; experts that no token of the prompt reaches are fed the same tokens directly."""

@@ -269,7 +269,7 @@ class _Arm:
             got, right = got[judged], right[judged]
             if tap == "expert_choice":
                 got, right = np.sort(got, -1), np.sort(right, -1)
-            if got.shape != right.shape or (_errors(got, right) > metrics.SEMANTICS_GATE).any():
+            if got.shape != right.shape or (_errors(got, right) > metrics.USUAL_GATE).any():
                 return False
         return True
 

@@ -28,7 +28,7 @@ class Judge:
         got: np.ndarray | None,
         want: np.ndarray | None,
         note: str = "",
-        gate: float = metrics.SEMANTICS_GATE,
+        gate: float = metrics.USUAL_GATE,
         channels: np.ndarray | None = None,
     ) -> None:
         """A tap of the port against the reference's, [batch * copies, length, ...] or [batch * length, ...] both.

@@ -11,7 +11,7 @@ import numpy as np
 TIMES, FLOOR = 10.0, 2e-7
 # Where that is not known (a parameter whose right value nobody has), and of what is no tap of one component: the worst token's
 # relative L2 error, float32 both sides, inputs forced.
-SEMANTICS_GATE = 1e-4
+USUAL_GATE = 1e-4
 # Whole-model float32 logits, max |difference| over max |logit|, the reference's routing replayed: ten times the
 # worst of 16 seeds over 4 to 24 layers (5e-6). Routing and scale faults, and wrong wiring of a block, are five orders above it.
 FREE_RUN_GATE = 5e-5

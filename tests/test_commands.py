@@ -81,7 +81,7 @@ SLIPS = [
     ("inspect-oss", ["{tmp}/dts"], "found nothing; did you mean {tmp}/dst?"),
     ("inspect-oss", ["a", "--jsn"], "'--json'?"),
     ("inspect-oss", ["gpt-oss-20b/orignal"], "found nothing; did you mean gpt-oss-20b/original?"),
-    ("check-parity", ["--layer"], "'--layers'?"),
+    ("check-parity", ["--layer"], "'--layer'. Did you mean '--layers'?"),
     ("check-parity", ["--device", "gpus"], "did you mean gpu?"),
     ("check-parity", ["{tmp}/gpt-oss-20b", "{tmp}/gpt-oss-20b-orbx"], "found nothing; did you mean {tmp}/gpt-oss-20b-orbax?"),
     ("report-diff", ["{tmp}/report.json", "{tmp}/report.json", "--jsn"], "'--json'?"),

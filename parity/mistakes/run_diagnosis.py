@@ -28,7 +28,7 @@ from parity.recording import digest
 from parity.reports.report import FormResult, Report
 from parity.weights import told_apart
 
-GATE = metrics.SEMANTICS_GATE  # of what is no tap of its own: logits that are returned, or adapted
+GATE = metrics.USUAL_GATE  # of what is no tap of its own: logits that are returned, or adapted
 _HEADS = ("q", "k", "v", "q_rope", "k_rope", "attn_core")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN, SEMANTICS_GATE
+from parity.metrics import FREE_RUN_NOISE, PRECISION_FAIL, PRECISION_WARN, USUAL_GATE
 
 
 def layer_of(name: str) -> int | None:
@@ -59,7 +59,7 @@ class TapResult:
     verdict: str  # "ok", "fail" or "incomplete"
     note: str = ""
     port_over_reference: float | None = None
-    gate: float = SEMANTICS_GATE
+    gate: float = USUAL_GATE
 
     @property
     def place(self) -> str:

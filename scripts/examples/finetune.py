@@ -287,34 +287,48 @@ TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("run", type=click.Path(path_type=Path))
 @optgroup.group("What is trained")
 @optgroup.option("--lora", multiple=True, metavar="REGEX", callback=pattern, help="Modules to adapt; may be repeated.")
-@optgroup.option("--rank", default=16, show_default=True, type=AT_LEAST_1, metavar="N", help="Of the LoRA updates.")
+@optgroup.option("--rank", default=16, show_default=True, type=AT_LEAST_1, metavar="N", help="Rank of the LoRA updates.")
 @optgroup.option(
-    "--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Without --lora."
+    "--train", "chosen", default=".*", show_default=True, metavar="REGEX", callback=pattern, help="Parameters, without --lora."
 )
 @optgroup.option("--freeze", metavar="REGEX", callback=pattern, help="Of the parameters of --train, not these: '.*router.*'.")
 @optgroup.option("--experts-qat", type=click.Choice(["best", "ocp", "ceil"]), help="Train for an export with this --quantizer.")
 @optgroup.group("The batch")
-@optgroup.option("--batch", default=8, show_default=True, type=AT_LEAST_1, metavar="N", help="Rows a step.")
-@optgroup.option("--length", default=256, show_default=True, type=AT_LEAST_1, metavar="N", help="Tokens a row.")
+@optgroup.option("--batch", default=8, show_default=True, type=AT_LEAST_1, metavar="N", help="Rows of a step.")
+@optgroup.option("--length", default=256, show_default=True, type=AT_LEAST_1, metavar="N", help="Tokens of a row.")
 @optgroup.option(
     "--accumulate", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="Compute a batch in so many parts."
 )
 @optgroup.group("The optimizer")
-@optgroup.option("--steps", default=100, show_default=True, type=AT_LEAST_1, metavar="N", help="How many.")
-@optgroup.option("--learning-rate", default=1e-4, show_default=True, type=POSITIVE, metavar="X", help="Of AdamW.")
+@optgroup.option("--steps", default=100, show_default=True, type=AT_LEAST_1, metavar="N", help="Steps of the whole run.")
 @optgroup.option(
-    "--warmup", default=10, show_default=True, type=click.IntRange(min=0), metavar="N", help="Steps up to the learning rate."
+    "--learning-rate", default=1e-4, show_default=True, type=POSITIVE, metavar="X", help="The highest rate of AdamW."
 )
-@optgroup.option("--schedule", "shape", type=click.Choice(SCHEDULES), default="constant", show_default=True, help="After it.")
-@optgroup.option("--clip", default=1.0, show_default=True, type=POSITIVE, metavar="X", help="The gradient's norm.")
-@optgroup.option("--weight-decay", default=0.0, show_default=True, type=SHARE, metavar="X", help="Of matrices.")
+@optgroup.option(
+    "--warmup",
+    default=10,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Steps in which the rate rises to that.",
+)
+@optgroup.option(
+    "--schedule", "shape", type=click.Choice(SCHEDULES), default="constant", show_default=True, help="How the rate goes on."
+)
+@optgroup.option("--clip", default=1.0, show_default=True, type=POSITIVE, metavar="X", help="The largest norm of a gradient.")
+@optgroup.option("--weight-decay", default=0.0, show_default=True, type=SHARE, metavar="X", help="Of AdamW, on matrices alone.")
 @optgroup.option(
     "--balance", default=0.0, show_default=True, type=SHARE, metavar="X", help="Weight of a loss that evens the experts' load."
 )
 @optgroup.group("What is kept")
-@optgroup.option("--eval", "held_out", type=TEXT_FILE, metavar="FILE", help="Like TEXT, held out.")
+@optgroup.option("--eval", "held_out", type=TEXT_FILE, metavar="FILE", help="Held-out text, of a form that TEXT may have.")
 @optgroup.option(
-    "--save-every", default=50, show_default=True, type=AT_LEAST_1, metavar="N", help="Steps; --eval is looked at then, too."
+    "--save-every",
+    default=50,
+    show_default=True,
+    type=AT_LEAST_1,
+    metavar="N",
+    help="Save a state, and evaluate --eval, after so many steps.",
 )
 @optgroup.option("--keep", default=1, show_default=True, type=AT_LEAST_1, metavar="N", help="How many saved steps to keep.")
 @optgroup.option("--best", is_flag=True, help="RUN/model is of the saved step whose loss on --eval is the lowest.")
@@ -327,14 +341,18 @@ TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Axes and sizes, such as fsdp=4,expert=2; -1: what is left.",
 )
 @optgroup.option(
-    "--compute", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="The products' dtype."
+    "--compute",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="The dtype of the computation.",
 )
 @optgroup.option(
     "--remat",
     type=click.Choice(["none", "mlp", "block"]),
     default="block",
     show_default=True,
-    help="What backward repeats.",
+    help="What the backward pass computes again.",
 )
 @optgroup.option(
     "--distributed",
