@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -171,8 +172,14 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: _run(argv))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As our other commands say it; click is not of this package."""
+        raise InputError(f"{message} (try {self.prog} --help)")
+
+
 def _run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m oss_model.synthetic", description="Write a seeded gpt-oss checkpoint.")
+    parser = _Parser(prog="python -m oss_model.synthetic", description="Write a seeded gpt-oss checkpoint.")
     parser.add_argument("out", metavar="OUT", help="a new or empty directory")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the model (default: tiny)")
     parser.add_argument("--layers", type=int, metavar="N", help="number of layers, if not the size's own")

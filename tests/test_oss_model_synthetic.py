@@ -356,10 +356,10 @@ def test_command_line_with_sizes_that_make_no_model(arguments, lines, tmp_path, 
     ],
 )
 def test_command_line_usage(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    assert main([str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert line.endswith(" (try python -m oss_model.synthetic --help)")
     assert list(tmp_path.iterdir()) == []
 
 
