@@ -322,6 +322,10 @@ def test_the_page_has_every_arm_and_every_form(broken):
     assert "generate bfloat16 replica – takes the package peft ? incomplete jit float32 model 3.0e-6 ✓ ok" in text
 
 
+def test_what_stands_in_backquotes_is_code():
+    assert page.marked("see `k > q - window`, <not> this") == "see <code>k &gt; q - window</code>, &lt;not&gt; this"
+
+
 def test_other_faults_and_the_third_witness_stand_behind_the_diagnosis(broken):
     other = {"layer": 3, "tap": "mlp_out", "fault": "swiglu's alpha is 1", "name": "swiglu-alpha-one", "pattern": ""}
     broken.findings = [broken.diagnosis, other | {"follows": None, "forms": []}]

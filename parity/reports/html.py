@@ -19,11 +19,18 @@ _RUNS = {"bfloat16": "port in bfloat16", "reference_bfloat16": "reference in bfl
 _BARS = 400  # of the strip of tokens; longer prompts are gathered, the worst token of each stretch shown
 
 
+def marked(text: str) -> Any:
+    """Words in backquotes as code."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
+
+
 def render(report: Report) -> str:
     import jinja2
 
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"number": number, "tip": tip}
+    env.filters |= {"number": number, "tip": tip, "marked": marked}
     template = importlib.resources.files("parity.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     arms, differing = sections(report), [weight for weight in report.weights if weight.note]
     page = env.from_string(template).render(
