@@ -88,8 +88,10 @@ def ending(error: BaseException) -> tuple[int, list[str]]:
         hint = f" (try {found.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
         return InputError.exit_code, [f"{_said(found)}{hint}"]
     if (reason := out_of_memory(error)) is not None:
-        what_to_do = "end other programs, or use a machine with more"
-        return OutOfMemory.exit_code, [f"out of memory ({reason}): {size(free_memory())} are free; {what_to_do}"]
+        left = "none is left even to see how much"  # by `ulimit -v`, for example
+        with contextlib.suppress(MemoryError, ImportError):
+            left = f"{size(free_memory())} are free"
+        return OutOfMemory.exit_code, [f"out of memory ({reason}): {left}; end other programs, or use a machine with more"]
     if (found := system_error(error)) is not None:
         return found.exit_code, found.faults
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:

@@ -75,6 +75,7 @@ def out_of_memory(error: BaseException | None) -> str | None:
             # XLA's. tensorstore has the same words for a full disk, but then adds the system's number.
             or (text.startswith("RESOURCE_EXHAUSTED") and number is None)
             or text == "can't start new thread"  # its stack finds no room
+            or (isinstance(error, ImportError) and "failed to map segment" in text)  # of a library's file
         ):
             return text.splitlines()[0]
         error = error.__cause__

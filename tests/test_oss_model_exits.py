@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import click
 import pytest
 
 from converter.errors import Different
+from oss_model import exits
 from oss_model.errors import Incomplete, InputError, OutOfMemory, place_faults
 from oss_model.exits import ending, run_click, run_command
 
@@ -52,12 +54,17 @@ def test_an_error_has_one_exit_code_and_a_line_a_fault(error, code, lines, capsy
     assert capsys.readouterr() == ("", "".join(f"error: {line}\n" for line in lines))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), system(errno.ENOMEM)])
-def test_out_of_memory_is_said_with_what_is_free(error):
+NO_ROOM = ImportError("a.so: failed to map segment from shared object")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread"), system(errno.ENOMEM), NO_ROOM])
+def test_out_of_memory_is_said_with_what_is_free(error, monkeypatch):
     code, [line] = ending(error)
     assert code == 3
     assert line.startswith("out of memory (")
     assert " are free; " in line
+    monkeypatch.setattr(exits, "free_memory", mock.Mock(side_effect=MemoryError))
+    assert "none is left even to see how much; end other programs" in ending(error)[1][0]
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), system(errno.EBADF), ModuleNotFoundError("x", name="oss_model.moo")])
