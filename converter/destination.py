@@ -134,14 +134,12 @@ class Directory:
 
         A directory in which it names none is told as a whole, `name/`.
         """
-        known = known_files(manifest)
-        ours = {name.partition("/")[0] for name in known} | set(self._staying())
-        directories = {path.name for path in self.path.iterdir() if path.is_dir() and not path.is_symlink()} - ours
+        known, staying = known_files(manifest), set(self._staying())
+        top = {path.name for path in self.path.iterdir() if path.is_dir() and not path.is_symlink()} - staying
+        foreign = top - {name.partition("/")[0] for name in known}
         files = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = {
-            path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in {*self._staying(), *directories}
-        }
-        return sorted((names - known) | {f"{name}/" for name in directories})
+        names = {path.as_posix() for path in files if len(path.parts) == 1 or path.parts[0] not in staying | foreign}
+        return sorted((names - known) | {f"{name}/" for name in foreign})
 
     def finish(self, source: Path, overwrite: bool) -> None:
         """Put the checkpoint, which is whole and synced, in its place; what is there is exchanged for it, or set aside.

@@ -136,7 +136,7 @@ def _of_updates(directory: Path) -> Inspection:
     for shape, dtype in shapes.values():
         dtypes[dtype.name][0] += 1
         dtypes[dtype.name][1] += math.prod(shape) * dtype.itemsize
-    other = "orbax-lora" if peft else "peft"
+    other, path = "orbax-lora" if peft else "peft", shlex.quote(str(directory))
     return Inspection(
         path=str(directory),
         form="peft" if peft else "orbax-lora",
@@ -151,8 +151,8 @@ def _of_updates(directory: Path) -> Inspection:
         made_from={"model": base} if base else None,
         updates=ranks,
         what_to_do=[
-            f"convert-oss {shlex.quote(str(directory))} OUT --to {other} --base MODEL",
-            f"convert-oss MODEL OUT --to hf --merge {shlex.quote(str(directory))}",
+            f"convert-oss {path} OUT --to {other} --base MODEL",
+            f"convert-oss MODEL OUT --to hf --merge {path}",
             *([] if peft else [f"oss_model.load_lora(model, {str(directory)!r})"]),
         ],
     )
