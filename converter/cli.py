@@ -238,7 +238,7 @@ def _usable(src: str, destination: str, to: str, overwrite: bool) -> Path:
         dst = Path(os.path.realpath(dst))
     root = f"{dst}: expected a new or empty directory, found the root of the file system; give another name"
     faults = place_faults(dst) if dst.name else [root]
-    if (dst / "config.json").is_file() and not hub.is_id(src) and not path_of(src).exists():
+    if os.path.isfile(dst / "config.json") and not hub.is_id(src) and not path_of(src).exists():
         raise InputError(f"{src}: expected a checkpoint, found nothing, and there is one at {dst}: SRC comes first, then DST")
     if faults and not hub.is_id(src):
         try:
