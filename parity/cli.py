@@ -238,11 +238,11 @@ def _two_prompts(context: click.Context) -> list[str]:
 def _self_test(scratch: Path, files: dict[str, Path]) -> int:
     _need_torch()
     from converter import convert
-    from parity.mistakes.processes import in_processes, processes_here
-    from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
+    from parity.injection.processes import in_processes, processes_here
+    from parity.injection.runs import EQUIVALENT_RUNS, RUN_INJECTIONS
     from parity.progress import progress_bar
 
-    names = (*RUNNING, *EQUIVALENT_RUNS)
+    names = (*RUN_INJECTIONS, *EQUIVALENT_RUNS)
     with progress_bar() as progress:
         result = in_processes(processes_here(), scratch, convert, running=names, progress=progress)
     _print(lambda width: result.table(), files)

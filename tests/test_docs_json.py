@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from converter import cli
 from parity import compare
 from parity.cli import _report_diff
-from parity.mistakes.outcomes import Outcome, RunOutcome, SelfTest
+from parity.injection.outcomes import Outcome, RunOutcome, SelfTest
 from parity.reports.report import FormResult
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "examples"))

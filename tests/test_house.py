@@ -43,11 +43,22 @@ def packages(source: str) -> set[str]:
 JUDGE = {
     "parity/configs.py",
     "parity/equations.py",
-    "parity/mistakes/wrong.py",
+    "parity/mistakes/wrong_equations.py",
     "parity/mistakes/edits.py",
     "parity/mistakes/parameters.py",
     *(module for module in MODULES if module.startswith("parity/reference/")),
 }
+
+
+def test_naming_a_mistake_shares_nothing_with_injecting_it():
+    """Or the self-test would compare a mistake with itself; only the command line runs it."""
+    users = {
+        module for module in MODULES if any(n.startswith("parity.injection") for n in imports((ROOT / module).read_text()))
+    }
+    assert {module for module in users if not module.startswith("parity/injection/")} == {"parity/cli.py"}
+    for module in (module for module in MODULES if module.startswith("parity/injection/")):
+        named = {name for name in imports((ROOT / module).read_text()) if name.startswith("parity.mistakes.")}
+        assert not named & {"parity.mistakes.wrong_equations", "parity.mistakes.wrong_runs", "parity.mistakes.run_catalogue"}
 
 
 def forbidden(module: str) -> set[str]:

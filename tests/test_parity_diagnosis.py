@@ -17,10 +17,10 @@ from oss_model import ModelConfig, attention, modeling
 from oss_model.synthetic import write_checkpoint
 from parity import compare, configs
 from parity.candidate import Candidate
+from parity.injection.candidate import Faulty
+from parity.injection.files import CHECKPOINT, corrupt_checkpoint
 from parity.mistakes import catalogue as faults
 from parity.mistakes import edits
-from parity.mistakes.corruption import CHECKPOINT, corrupt_checkpoint
-from parity.mistakes.faulty import Faulty
 from parity.prompts import Prompt, random_prompt
 from parity.protocols import Sizes
 from parity.reference import Reference

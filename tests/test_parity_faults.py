@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import operator
 import re
+import runpy
 import types
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from oss_model.errors import Incomplete
 from parity import metrics
 from parity.candidate import Candidate
 from parity.cli import main
+from parity.injection import processes, runs, selftest
+from parity.injection.blocks import INJECTIONS
+from parity.injection.candidate import Faulty
+from parity.injection.files import CHECKPOINT, SOURCE
 from parity.mistakes import catalogue as faults
-from parity.mistakes import processes, running, selftest
-from parity.mistakes.as_run import AS_RUN
-from parity.mistakes.corruption import CHECKPOINT, SOURCE
 from parity.mistakes.edits import EDITS
-from parity.mistakes.faulty import Faulty
-from parity.mistakes.injection import INJECTIONS
+from parity.mistakes.run_catalogue import RUN_CATALOGUE
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,9 +50,10 @@ def test_every_mistake_is_made_on_both_sides():
 
 
 def test_the_page_is_that_of_the_catalogue():
-    assert (ROOT / "docs/faults.md").read_text(encoding="utf-8") == faults.page()
-    names = faults.CATALOGUE.keys() | {row.name for row in AS_RUN} | running.EQUIVALENT_RUNS.keys()
-    assert set(re.findall(r"^\| `([a-z0-9-]+)`", faults.page(), re.MULTILINE)) == names
+    page = runpy.run_path(str(ROOT / "scripts/faults_page.py"))["page"]()
+    assert (ROOT / "docs/faults.md").read_text(encoding="utf-8") == page, "python scripts/faults_page.py > docs/faults.md"
+    names = faults.CATALOGUE.keys() | {row.name for row in RUN_CATALOGUE} | runs.EQUIVALENT_RUNS.keys()
+    assert set(re.findall(r"^\| `([a-z0-9-]+)`", page, re.MULTILINE)) == names
 
 
 SMALL = dataclasses.replace(ModelConfig.tiny(), num_hidden_layers=2, layer_types=())
@@ -135,8 +137,8 @@ def test_an_alarm_fails_the_self_test(tmp_path, monkeypatch, one_healthy_run):
 def test_the_command(monkeypatch, tmp_path, sources, one_healthy_run):
     monkeypatch.setattr(faults, "CATALOGUE", {name: faults.CATALOGUE[name] for name in ("sinks-zeroed",)})
     monkeypatch.setattr(selftest, "CATALOGUE", faults.CATALOGUE)
-    monkeypatch.setattr(running, "RUNNING", {"generate-ignores-eos": running.RUNNING["generate-ignores-eos"]})
-    monkeypatch.setattr(running, "EQUIVALENT_RUNS", {})
+    monkeypatch.setattr(runs, "RUN_INJECTIONS", {"generate-ignores-eos": runs.RUN_INJECTIONS["generate-ignores-eos"]})
+    monkeypatch.setattr(runs, "EQUIVALENT_RUNS", {})
     monkeypatch.setattr(selftest, "_layers", lambda *_: [0])
     monkeypatch.setattr(selftest, "ModelConfig", types.SimpleNamespace(tiny=lambda: SMALL, from_json=ModelConfig.from_json))
     # Another process would know nothing of this.

@@ -16,9 +16,9 @@ from oss_model.layers import RotaryEmbedding
 from parity import compare, forms, forms_arm, handing, metrics
 from parity.candidate import Candidate
 from parity.forms_arm import NEAR_TIE, compare_forms, compare_long, replica, until
-from parity.mistakes.as_run import AS_RUN
+from parity.injection.runs import EQUIVALENT_RUNS, RUN_INJECTIONS
 from parity.mistakes.catalogue import CATALOGUE
-from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING
+from parity.mistakes.run_catalogue import RUN_CATALOGUE
 from parity.prompts import random_prompt
 from parity.protocols import Answers, PortCan, Question
 from parity.recording import Recorder, Recording
@@ -88,7 +88,7 @@ def test_a_right_model_is_right_however_it_is_run(name, subject, reference):
 @pytest.mark.long
 @pytest.mark.parametrize("name", SOME)
 def test_what_only_a_way_of_running_shows_is_found_located_and_named(name, subject, reference, candidate):
-    mistake = RUNNING[name]
+    mistake = RUN_INJECTIONS[name]
     with mistake.injected():
         report = run(subject, reference, mistake.forms[:1], candidate=candidate)
     form = report.forms[0]
@@ -109,7 +109,7 @@ def test_what_only_a_way_of_running_shows_is_found_located_and_named(name, subje
 
 @pytest.mark.long
 def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, reference):
-    with RUNNING["rows-see-the-first"].injected():
+    with RUN_INJECTIONS["rows-see-the-first"].injected():
         report = run(subject, reference, ["jit", "eager"])
     assert [(one["name"], one["forms"]) for one in report.findings] == [("rows-see-the-first", ["jit", "eager"])]
     assert report.findings[0]["residual_before"] > 1
@@ -118,7 +118,7 @@ def test_forms_that_are_wrong_by_the_same_mistake_are_told_together(subject, ref
 
 @pytest.mark.long
 def test_what_follows_from_a_tap_is_said_to_and_what_was_lost_in_loading_too(sources, checkpoints):
-    with RUNNING["sinks-lost-in-loading"].injected():
+    with RUN_INJECTIONS["sinks-lost-in-loading"].injected():
         report = compare(sources["hf"], checkpoints["bfloat16"], forms=("jit", "generate"))  # type: ignore[arg-type]
     assert report.diagnosis is not None
     assert (report.diagnosis["cause"], report.diagnosis["name"]) == ("loading", "lost-in-loading")
@@ -133,7 +133,7 @@ def test_a_form_that_is_wrong_elsewhere_does_not_follow(subject, reference):
     """Than a tap that is wrong by itself."""
     report = Report("source", "checkpoint", "model", 1, 0, taps=[TapResult(3, "mlp_out", 1.0, 1.0, "fail")])
     port = types.SimpleNamespace(can=PortCan(forms=subject), stored={}, restore=dict)
-    with RUNNING["rows-see-the-first"].injected():
+    with RUN_INJECTIONS["rows-see-the-first"].injected():
         compare_forms(port, reference, report, ["jit"], fits=True, seed=0, progress=lambda *_: None, dtypes=("float32",))  # type: ignore[arg-type]
     assert [(one["name"], one["follows"]) for one in report.findings] == [("rows-see-the-first", None)]
 
@@ -195,15 +195,15 @@ def test_what_is_called_equivalent_passes(name, form, subject, reference):
 
 def test_each_mistake_is_of_a_form_that_there_is(cfg):
     there = forms.table(cfg)
-    assert {form for mistake in RUNNING.values() for form in mistake.forms} <= there.keys()
-    for name, mistake in RUNNING.items():
+    assert {form for mistake in RUN_INJECTIONS.values() for form in mistake.forms} <= there.keys()
+    for name, mistake in RUN_INJECTIONS.items():
         gives = there[mistake.forms[0]].gives
         assert (mistake.place is not None) == (gives == "logits") or gives == "tokens", name
 
 
 def test_what_can_be_named_is_injected_and_what_is_injected_can_be_named():
-    made = {mistake.named or name for name, mistake in RUNNING.items()}
-    rows = {row.name for row in AS_RUN}
+    made = {mistake.named or name for name, mistake in RUN_INJECTIONS.items()}
+    rows = {row.name for row in RUN_CATALOGUE}
     assert rows <= made
     assert made - rows <= CATALOGUE.keys()
 
@@ -316,7 +316,9 @@ def test_a_recording_answers_for_the_forms_it_was_made_with(sources, checkpoints
     assert [form.verdict for form in report.forms] == ["ok", "ok"]
     found = json.loads(report.to_json())["forms"][0]
     assert found.keys() >= {"form", "on", "dtype", "verdict", "worst"}
-    with RUNNING["jit-only"].injected():  # it is found, and cannot be located: a recording has the taps of its own prompt
+    with RUN_INJECTIONS[
+        "jit-only"
+    ].injected():  # it is found, and cannot be located: a recording has the taps of its own prompt
         report = run(subject, recording, ["jit"])
     assert report.first_divergence == {"layer": None, "tap": "form", "form": "jit"}
     report = run(subject, recording, ["remat mlp"])

@@ -22,7 +22,7 @@ from oss_model.synthetic import write_checkpoint
 from oss_model.taps import in_layer
 from parity import candidate as candidate_module
 from parity import compare, metrics
-from parity.mistakes.faulty import Faulty
+from parity.injection.candidate import Faulty
 from parity.prompts import Prompt
 
 

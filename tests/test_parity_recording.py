@@ -15,7 +15,7 @@ from oss_model import InputError, ModelConfig
 from oss_model.synthetic import write_checkpoint
 from parity import compare
 from parity.cli import main
-from parity.mistakes import selftest
+from parity.injection import selftest
 from parity.recording import DERIVED, Recording, digest
 
 
@@ -100,7 +100,7 @@ def test_mistakes_are_named_where_there_is_no_torch(recorded, checkpoints):
     """Those of the code from what the port's own right parameters give, values or packed."""
     code = """
 from parity import compare
-from parity.mistakes.faulty import Faulty
+from parity.injection.candidate import Faulty
 from parity.recording import Recording
 for fault in ("window-one-long", "swiglu-alpha-one", "yarn-missing", "lm-head-tied"):
     n = 0 if fault in ("window-one-long", "swiglu-alpha-one") else None

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from parity import compare
 from parity.cli import main
-from parity.mistakes.corruption import corrupt_checkpoint
+from parity.injection.files import corrupt_checkpoint
 
 
 @pytest.mark.long

@@ -1,8 +1,8 @@
 """What explains the first divergence: the configurations, or else the weights, or else a known mistake in the code.
 
-A mistake in the code is a wrong equation (`parity.mistakes.wrong`), computed from what the failing tap was given, and the
-residual measured again. It is only looked for where the tap's own parameters are right: wrong ones explain what they do.
-Nothing is tried in the port or in PyTorch, so that a recording will do for a reference.
+A mistake in the code is a wrong equation (`parity.mistakes.wrong_equations`), computed from what the failing tap was given,
+and the residual measured again. It is only looked for where the tap's own parameters are right: wrong ones explain what they
+do. Nothing is tried in the port or in PyTorch, so that a recording will do for a reference.
 """
 
 import functools
@@ -15,9 +15,9 @@ from parity import configs, metrics
 from parity import equations as eq
 from parity.judge import Judge
 from parity.mistakes import catalogue, edits
-from parity.mistakes.as_run import LOADING
 from parity.mistakes.catalogue import Fault
 from parity.mistakes.parameters import Parameters, UnknownValueError
+from parity.mistakes.run_catalogue import LOADING
 from parity.protocols import Arrays, Expected, Oracle, Port, Settings
 from parity.reports.report import Report, Weight
 

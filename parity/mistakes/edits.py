@@ -1,6 +1,6 @@
 """A mistake in a parameter is an edit: what it makes of the right values. NumPy; names are those of the catalogue.
 
-Written once, for both who tests and who names: `parity.mistakes.corruption` puts edits into files, `explain` looks which
+Written once, for both who tests and who names: `parity.injection.files` puts edits into files, `explain` looks which
 one makes of the right values what a checkpoint holds. Where only the hash of the right values is known, an edit is
 undone and the hash compared (`undone`).
 """

@@ -1,8 +1,8 @@
 """What explains a run form that is wrong: parameters that were not loaded as stored, or a known mistake, or else its pattern.
 
-A known mistake is one of `parity.mistakes.as_run`, or of the catalogue at that tap: it is named if it gives what the form gave,
-or, where nothing can be computed, if what is right in other forms leaves no other. What follows from a tap that is wrong by
-itself (`parity.mistakes.diagnosis`) is said to follow.
+A known mistake is one of `parity.mistakes.run_catalogue`, or of the catalogue at that tap: it is named if it gives what the
+form gave, or, where nothing can be computed, if what is right in other forms leaves no other. What follows from a tap that is
+wrong by itself (`parity.mistakes.diagnosis`) is said to follow.
 """
 
 import functools
@@ -17,10 +17,10 @@ from parity import equations as eq
 from parity import metrics
 from parity.gradients import compare_gradients
 from parity.mistakes import catalogue
-from parity.mistakes.as_run import AS_RUN, LOADING, AsRun
 from parity.mistakes.catalogue import Fault
 from parity.mistakes.diagnosis import COLLAPSE, PARAMETERS, which
 from parity.mistakes.parameters import Parameters
+from parity.mistakes.run_catalogue import LOADING, RUN_CATALOGUE, RunFault
 from parity.mistakes.wrong_runs import TOKENS, Evidence, Made, Place
 from parity.noise import bound
 from parity.protocols import CALL, RETURNED, Answers, FormsSubject, Oracle, Port, Question, Taps, Unanswered, Wrongly
@@ -123,7 +123,7 @@ class RunDiagnosis:
         e = Evidence(
             result.form, *place, got, answers, wrong, oracle.settings, oracle, right, lambda form: self._right_in(form, e)
         )
-        rows = [row for row in AS_RUN if place[1] in row.at]
+        rows = [row for row in RUN_CATALOGUE if place[1] in row.at]
         tried: list[Tried] = []
         for row in rows:
             tried += self._trying(row.name, lambda row=row: self._made(e, row, want))
@@ -153,11 +153,11 @@ class RunDiagnosis:
             return []
 
     @staticmethod
-    def _signs(e: Evidence, row: AsRun) -> Iterable[Tried]:
+    def _signs(e: Evidence, row: RunFault) -> Iterable[Tried]:
         numbers = row.signs(e)
         return [] if numbers is None else [Tried(row.name, row.says.format(**numbers), row.fix, 0.0, 0.0)]
 
-    def _made(self, e: Evidence, row: AsRun, want: Any) -> Iterable[Tried]:
+    def _made(self, e: Evidence, row: RunFault, want: Any) -> Iterable[Tried]:
         return [
             Tried(row.name, row.says.format(**made.numbers), row.fix, *self._measured(e, made, want)) for made in row.made(e)
         ]

@@ -2,8 +2,8 @@
 
 A form (`parity.forms`) that goes wrong was watched: everything that it computed before it went wrong is right. From that each
 function makes what the next value would be with a mistake. Where nothing can be made, since it may be wrong in any way, what
-is right in other forms is a sign. The table is `parity.mistakes.as_run`; nothing here is how `parity.mistakes.running` makes
-the mistakes.
+is right in other forms is a sign. The table is `parity.mistakes.run_catalogue`; nothing here is how `parity.injection.runs`
+makes the mistakes.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 
 from oss_model.taps import LAYER_TAPS
 from parity import equations as eq
-from parity.mistakes.wrong import Wrong
+from parity.mistakes.wrong_equations import Wrong
 from parity.protocols import CALL, Answers, Arrays, Settings, Wrongly, padding_of
 
 Place = tuple[int | None, str]

@@ -26,8 +26,8 @@ from oss_model.synthetic import write_checkpoint
 from oss_model.taps import LAYER_TAPS
 from parity import compare
 from parity.candidate import Candidate
+from parity.injection.candidate import Faulty
 from parity.mistakes.catalogue import CODE, applies
-from parity.mistakes.faulty import Faulty
 from parity.walk import Call
 
 DELTAS = {True: (1e-4, 3e-5, 1e-5, 3e-6), False: (3e-3, 1e-3, 3e-4, 1e-4)}  # of a whole tap, of a channel of one token

@@ -1,6 +1,6 @@
 """Known mistakes put into the side that is judged: into our model's code and configuration. For `check-parity --self-test`.
 
-Names are those of `parity.mistakes.catalogue`; what goes into files is in `parity.mistakes.corruption`. None of this runs in
+Names are those of `parity.mistakes.catalogue`; what goes into files is in `parity.injection.files`. None of this runs in
 a comparison.
 """
 

@@ -12,7 +12,7 @@ from flax import nnx
 from oss_model import Transformer, create_model_from_checkpoint
 from oss_model.params import abstract_model
 from parity.candidate import Candidate, CandidateLayer
-from parity.mistakes.injection import INJECTIONS
+from parity.injection.blocks import INJECTIONS
 from parity.protocols import Arrays, Settings
 from parity.walk import Call
 

@@ -33,14 +33,14 @@ from oss_model import (
 Make = Callable[[Any], Any]
 
 
-class Mistake(NamedTuple):
+class RunInjection(NamedTuple):
     """
     Attributes:
       where: the part of the house: "model", "loading", "rows", "jit", "path", "mesh", "cache", "generate", "LoRA", "remat".
       says: what is done wrong.
       patches: (owner, attribute, what becomes of it).
       forms: forms that must find it; the first is of the default ones, where one of them can.
-      named: what it must be called (`parity.mistakes.as_run`, or the catalogue).
+      named: what it must be called (`parity.mistakes.run_catalogue`, or the catalogue).
       place: (layer, tap) where the first form must be said to part from the reference; None where it gives no logits.
       equivalent: why it changes nothing; empty if it does. Those must pass.
     """
@@ -274,8 +274,8 @@ def _twice(right):
 ANY = ("jit", "eager", "packed", "cache", "mesh fsdp × tensor")
 CACHED = ("cache", "cache, padding on the right", "cache, in pieces", "cache, token by token")
 
-RUNNING: dict[str, Mistake] = {
-    "last-layer-skipped": Mistake(
+RUN_INJECTIONS: dict[str, RunInjection] = {
+    "last-layer-skipped": RunInjection(
         "model",
         "the last layer is not run",
         ((modeling, "rematerialized", _skipping),),
@@ -283,7 +283,7 @@ RUNNING: dict[str, Mistake] = {
         (LAST, "attn_norm"),
         named="layer-not-run",
     ),
-    "layers-run-in-another-order": Mistake(
+    "layers-run-in-another-order": RunInjection(
         "model",
         "two layers run in each other's place",
         ((Transformer, "stream", _exchanged),),
@@ -291,7 +291,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_norm"),
         named="layers-in-another-order",
     ),
-    "embedding-scaled-in-embed": Mistake(
+    "embedding-scaled-in-embed": RunInjection(
         "model",
         "the embedding is multiplied before the first layer",
         ((Transformer, "embed", lambda right: lambda self, tokens: right(self, tokens) * 2),),
@@ -299,7 +299,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "mlp_norm"),
         named="stream-scaled",
     ),
-    "logits-of-the-token-before": Mistake(
+    "logits-of-the-token-before": RunInjection(
         "model",
         "the logits are those of the token before",
         ((Transformer, "__call__", _before),),
@@ -307,10 +307,10 @@ RUNNING: dict[str, Mistake] = {
         (None, "returned"),
         named="logits-of-a-neighbour",
     ),
-    "sinks-lost-in-loading": Mistake(
+    "sinks-lost-in-loading": RunInjection(
         "loading", "sinks are zero once loaded", _loaded(_without_sinks), ANY, (0, "attn_core"), named="lost-in-loading"
     ),
-    "windows-lost-in-loading": Mistake(
+    "windows-lost-in-loading": RunInjection(
         "loading",
         "no layer has its window once loaded",
         _loaded(_without_window),
@@ -318,10 +318,10 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
         named="window-missing",
     ),
-    "rows-see-the-first": Mistake(
+    "rows-see-the-first": RunInjection(
         "rows", "other rows see the first one's keys", _attention(_first_rows_keys), ANY, (0, "attn_core")
     ),
-    "rows-rotated-one-more": Mistake(
+    "rows-rotated-one-more": RunInjection(
         "rows",
         "queries of the second row are rotated one place more than its keys",
         ((modeling, "tap", _rotated_more),),
@@ -329,15 +329,17 @@ RUNNING: dict[str, Mistake] = {
         (0, "q_rope"),
         named="rows-rotated-apart",
     ),
-    "padding-seen": Mistake("rows", "queries see padding", ((attention, "visibility", _seen_padding),), ANY, (0, "attn_core")),
-    "padding-is-nan": Mistake(
+    "padding-seen": RunInjection(
+        "rows", "queries see padding", ((attention, "visibility", _seen_padding),), ANY, (0, "attn_core")
+    ),
+    "padding-is-nan": RunInjection(
         "rows",
         "a query that sees nothing becomes NaN, and its value reaches others",
         _attention(_nan_where_nothing_is_seen),
         ANY,
         (1, "attn_core"),
     ),
-    "jit-only": Mistake(
+    "jit-only": RunInjection(
         "jit",
         "wrong only where it is compiled",
         _attention(_compiled_only),
@@ -345,19 +347,19 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
         named="wrong-when-compiled",
     ),
-    "scan-wrong": Mistake(
+    "scan-wrong": RunInjection(
         "path", "the path scan is wrong", _path("scan"), ("path scan",), (0, "mlp_out"), named="wrong-on-a-path"
     ),
-    "grouped-wrong": Mistake(
+    "grouped-wrong": RunInjection(
         "path", "the path grouped is wrong", _path("grouped"), ("jit", "path grouped"), (0, "mlp_out"), named="wrong-on-a-path"
     ),
-    "pairs-wrong": Mistake(
+    "pairs-wrong": RunInjection(
         "path", "the path pairs is wrong", _path("pairs"), ("path pairs",), (0, "mlp_out"), named="wrong-on-a-path"
     ),
-    "ragged-wrong": Mistake(
+    "ragged-wrong": RunInjection(
         "path", "the path ragged is wrong", _path("ragged"), ("path ragged",), (0, "mlp_out"), named="wrong-on-a-path"
     ),
-    "packed-wrong": Mistake(
+    "packed-wrong": RunInjection(
         "path",
         "wrong only where experts are decoded as they are used",
         ((expert_paths, "dequantize", lambda right: lambda *given: right(*given) * jnp.asarray(1.01, given[-1])),),
@@ -365,7 +367,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "mlp_out"),
         named="wrong-when-packed",
     ),
-    "scanned-wrong": Mistake(
+    "scanned-wrong": RunInjection(
         "model",
         "wrong only where layers are one loop: attention",
         ((scanned.ScannedTransformer, "walk", _attending_otherwise),),
@@ -373,7 +375,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
         named="wrong-when-scanned",
     ),
-    "scanned-stream-doubled": Mistake(
+    "scanned-stream-doubled": RunInjection(
         "model",
         "wrong only where layers are one loop: the stream is twice what it should be",
         ((scanned.ScannedTransformer, "walk", lambda right: lambda self, x, *rest: right(self, x * 2, *rest)),),
@@ -381,7 +383,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "mlp_norm"),
         named="stream-scaled",
     ),
-    "blocks-wrong": Mistake(
+    "blocks-wrong": RunInjection(
         "path",
         "attention is wrong where it is computed in blocks",
         ((attention, "in_blocks", lambda right: lambda q, *rest: right(q, *rest) * jnp.asarray(1.01, q.dtype)),),
@@ -389,7 +391,7 @@ RUNNING: dict[str, Mistake] = {
         (0, "attn_core"),
         named="wrong-in-blocks",
     ),
-    "mesh-wrong": Mistake(
+    "mesh-wrong": RunInjection(
         "mesh",
         "the sum over a mesh is wrong",
         ((experts, "add_up_on_mesh", lambda right: lambda x, *rest: right(x, *rest) * jnp.asarray(1.01, x.dtype)),),
@@ -397,39 +399,41 @@ RUNNING: dict[str, Mistake] = {
         (0, "mlp_out"),
         named="wrong-on-a-mesh",
     ),
-    "padding-stored": Mistake(
+    "padding-stored": RunInjection(
         "cache",
         "padding is stored like a token",
         _store(lambda right, self, k, v, at: right(self, k, v, jnp.where(at < 0, at % self.positions.shape[1], at))),
         ("cache", "cache, padding on the right"),
         (0, "q_rope"),
     ),
-    "values-a-slot-off": Mistake("cache", "values lie a slot off their keys", _store(_slot_off), CACHED[:3], (0, "attn_core")),
-    "ring-keeps-the-first": Mistake(
+    "values-a-slot-off": RunInjection(
+        "cache", "values lie a slot off their keys", _store(_slot_off), CACHED[:3], (0, "attn_core")
+    ),
+    "ring-keeps-the-first": RunInjection(
         "cache",
         "a prompt longer than the ring leaves its first keys there",
         _store(_keeping_the_first),
         CACHED[:2],
         (0, "attn_core"),
     ),
-    "ring-one-slot-short": Mistake(
+    "ring-one-slot-short": RunInjection(
         "cache", "a ring has a slot less than the window", _store(_one_short), CACHED[:2], (0, "attn_core")
     ),
-    "prefill-not-stored": Mistake(
+    "prefill-not-stored": RunInjection(
         "cache",
         "a prefill stores nothing",
         _store(_nothing_of_a_prefill),
         ("cache", "generate"),
         (0, "attn_core"),
     ),
-    "pieces-do-not-see-the-cache": Mistake(
+    "pieces-do-not-see-the-cache": RunInjection(
         "cache",
         "a later piece of a prompt does not see the cache",
         ((cache.LayerCache, "followed_by", _alone),),
         ("cache, in pieces",),
         (0, "attn_core"),
     ),
-    "keys-lost-past-32": Mistake(
+    "keys-lost-past-32": RunInjection(
         "cache",
         "keys more than 32 places back are lost",
         ((attention, "visibility", _forgetting),),
@@ -437,57 +441,57 @@ RUNNING: dict[str, Mistake] = {
         (1, "attn_core"),
         named="keys-lost",
     ),
-    "next-position-one-too-many": Mistake(
+    "next-position-one-too-many": RunInjection(
         "cache",
         "the next token is placed one too far",
         ((modeling, "next_positions", lambda right: lambda cache, length: right(cache, length) + 1),),
         ("cache", "generate"),
         (0, "q_rope"),
     ),
-    "padding-counted": Mistake(
+    "padding-counted": RunInjection(
         "cache",
         "every row's next token is placed where the longest row's is",
         ((modeling, "next_positions", lambda right: lambda *given: _of_the_longest(right(*given))),),
         ("cache",),
         (0, "q_rope"),
     ),
-    "generate-takes-the-worst": Mistake(
+    "generate-takes-the-worst": RunInjection(
         "generate",
         "the least likely token is taken",
         ((generation, "_choose", lambda right: lambda logits, *how: right(-logits, *how)),),
         ("generate",),
     ),
-    "generate-ignores-eos": Mistake(
+    "generate-ignores-eos": RunInjection(
         "generate",
         "a text does not end where it should",
         ((generation, "_generate", lambda right: lambda *given: right(*given[:5], jnp.zeros(0, jnp.int32), *given[6:])),),
         ("generate, eos",),
     ),
-    "lora-scale-ignored": Mistake(
+    "lora-scale-ignored": RunInjection(
         "LoRA",
         "updates are not scaled by alpha / rank",
         ((layers.LowRank, "stored", lambda right: lambda self: {"lora_a": self.a[...], "lora_b": self.b[...]}),),
         ("lora",),
         named="lora-scale",
     ),
-    "lora-not-applied": Mistake(
+    "lora-not-applied": RunInjection(
         "LoRA", "updates are left out", ((layers.LowRank, "stored", _left_out),), ("lora", "lora merged")
     ),
-    "lora-merged-twice": Mistake(
+    "lora-merged-twice": RunInjection(
         "LoRA",
         "what is merged is several times what is computed beside the weight",
         ((layers.LowRank, "stored", _other_than_compiled),),
         ("lora merged",),
         named="lora-merged-otherwise",
     ),
-    "remat-applies-a-block-twice": Mistake(
+    "remat-applies-a-block-twice": RunInjection(
         "remat",
         "a block is applied twice where it is computed again",
         ((modeling, "rematerialized", _twice),),
         ("remat block",),
         named="block-applied-twice",
     ),
-    "remat-applies-experts-twice": Mistake(
+    "remat-applies-experts-twice": RunInjection(
         "remat",
         "experts are applied twice where they are computed again",
         ((modeling, "rematerialized", _twice),),
@@ -496,29 +500,29 @@ RUNNING: dict[str, Mistake] = {
     ),
 }
 
-EQUIVALENT_RUNS: dict[str, Mistake] = {
-    "positions-from-1": Mistake(
+EQUIVALENT_RUNS: dict[str, RunInjection] = {
+    "positions-from-1": RunInjection(
         "model",
         "positions count from 1",
         ((Transformer, "place", _from_one),),
         ("jit", "eager", "mesh fsdp × tensor"),
         equivalent="a rotation tells how far two tokens are apart, and that is the same; the tap q_rope is another, and named",
     ),
-    "slots-rotated": Mistake(
+    "slots-rotated": RunInjection(
         "cache",
         "slots of the cache lie three places on",
         _store(_rotated_slots),
         CACHED,
         equivalent="keys are found by their position, wherever they lie",
     ),
-    "ring-one-slot-short-looked-at-first": Mistake(
+    "ring-one-slot-short-looked-at-first": RunInjection(
         "cache",
         "a ring has a slot less than the window, and is looked at before the new token is stored",
         (*_store(_one_short), (cache.LayerCache, "seen_and_stored", _looked_at_first)),
         CACHED,
         equivalent="a query sees window - 1 keys before itself, and that many are there",
     ),
-    "constraint-dropped": Mistake(
+    "constraint-dropped": RunInjection(
         "mesh",
         "activations are not told how to lie on the mesh",
         ((layers, "constrain", lambda right: lambda letters, x: x),),

@@ -14,8 +14,8 @@ import transformers
 
 from oss_model.errors import Incomplete
 from oss_model.memory import CORES, free_memory
-from parity.mistakes.outcomes import SelfTest
-from parity.mistakes.selftest import Convert, Progress, self_test
+from parity.injection.outcomes import SelfTest
+from parity.injection.selftest import Convert, Progress, self_test
 
 DEVICES = 8  # simulated, for the mistakes of meshes
 PROCESS_BYTES = 4 << 30  # one comes to take 3 GB, with all that it compiles

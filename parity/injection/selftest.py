@@ -21,12 +21,12 @@ from parity.comparison import compare
 from parity.forms import GRADIENTS, LOGITS, LORA_ALPHA, TOKENS, UPDATED
 from parity.forms import updates as updates_of
 from parity.forms_arm import compare_forms
+from parity.injection.blocks import INJECTIONS
+from parity.injection.candidate import Faulty
+from parity.injection.files import SOURCE, corrupt_checkpoint, corrupt_source
+from parity.injection.outcomes import COSINE, COSINE_TOKENS, Outcome, RunOutcome, SelfTest
+from parity.injection.runs import EQUIVALENT_RUNS, RUN_INJECTIONS, RunInjection
 from parity.mistakes.catalogue import CATALOGUE, Fault, applies
-from parity.mistakes.corruption import SOURCE, corrupt_checkpoint, corrupt_source
-from parity.mistakes.faulty import Faulty
-from parity.mistakes.injection import INJECTIONS
-from parity.mistakes.outcomes import COSINE, COSINE_TOKENS, Outcome, RunOutcome, SelfTest
-from parity.mistakes.running import EQUIVALENT_RUNS, RUNNING, Mistake
 from parity.prompts import random_prompt
 from parity.protocols import Answers, Oracle, Port, Question
 from parity.recording import Recording
@@ -70,9 +70,9 @@ def self_test(
       depths: at how many layers: 1, the first; 2, the last too; 3, and one between.
       golden: compare with a recording of the reference, which has hashes in place of parameters.
       only: which mistakes.
-      running: names of `parity.mistakes.running.RUNNING` and EQUIVALENT_RUNS: each is put into one of the ways to run the
+      running: names of `parity.injection.runs.RUN_INJECTIONS` and EQUIVALENT_RUNS: each is put into one of the ways to run the
         checkpoint. Meshes take simulated devices in this process, where the mistake is.
-      share: (which, of how many): every so-many-th run of each seed. See `parity.mistakes.processes`.
+      share: (which, of how many): every so-many-th run of each seed. See `parity.injection.processes`.
       progress: called with (runs done, runs in all, what is being done).
     """
     torch.set_num_threads(1)  # tensors this small are computed sooner than a second thread is woken
@@ -138,8 +138,8 @@ class _Bench:
             result.outcomes.append(_judged(fault, n, self.seed, report, changed, cosine))
 
     def run_wrong(self, name: str) -> None:
-        if name in RUNNING:
-            self.result.running.append(_run(name, RUNNING[name], self.work, self.asked, self.seed))
+        if name in RUN_INJECTIONS:
+            self.result.running.append(_run(name, RUN_INJECTIONS[name], self.work, self.asked, self.seed))
         else:
             self.result.equivalent += 1
             _, report = _ran(EQUIVALENT_RUNS[name], self.work, self.asked, self.seed)
@@ -147,7 +147,7 @@ class _Bench:
                 self.result.alarms.append(f"{name}, seed {self.seed}: {_said(report)}")
 
 
-def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> RunOutcome:
+def _run(name: str, mistake: RunInjection, work: Path, oracle: Oracle, seed: int) -> RunOutcome:
     first, report = _ran(mistake, work, oracle, seed)
     located = None if mistake.place is None else (first.layer, first.tap) == mistake.place
     named = report.diagnosis is not None and report.diagnosis["name"] == (mistake.named or name)
@@ -156,7 +156,7 @@ def _run(name: str, mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> 
     return RunOutcome(name, mistake.where, first.form, seed, first.verdict == "fail", located, named, false, said)
 
 
-def _ran(mistake: Mistake, work: Path, oracle: Oracle, seed: int) -> tuple[FormResult, Report]:
+def _ran(mistake: RunInjection, work: Path, oracle: Oracle, seed: int) -> tuple[FormResult, Report]:
     """One mistake of how the model is run, in the first form that must find it."""
     port, report = Candidate(work / "checkpoint", source=work / "source"), Report("", "", "", 0, 0)
     with mistake.injected():
