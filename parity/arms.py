@@ -22,6 +22,7 @@ from parity.judge import ROUTING, Judge
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.noise import bound, noise
+from parity.nudging import moved
 from parity.prompts import Prompt
 from parity.protocols import Arrays, Call, Oracle, OracleLayer, Port, PortLayer, SupportsRestore
 from parity.recording import Recorder
@@ -30,7 +31,6 @@ from parity.walk import Assembled
 from parity.weights import UNFIT, Weights
 
 Progress = Callable[[int, int, str], None]
-NUDGES = 3  # of the reference, where the free run fails: a model may make more of rounding than most, and not always as much
 FORCED = ("semantics", "precision")  # the calls that are fed the reference's values
 FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 
@@ -234,21 +234,9 @@ class Arms:
         if self.as_stored is not None and self.report.righted:
             self.judge.as_stored(taps["logits"], self.as_stored.finish())
         assert self.report.free_run is not None
-        if self.report.free_run["verdict"] == "fail" and self.oracle.prompt is None:
-            for draw in range(NUDGES):
-                self.judge.amplified(taps["logits"], self.nudged(draw))
-
-    def nudged(self, draw: int) -> np.ndarray:
-        """The reference's logits, its routing replayed, where each layer's output is off by what float32 rounds."""
-        rng = np.random.default_rng(draw)
-        right = nudged = self.oracle.embed(self.prompt.tokens, FLOAT32)
-        for n in range(self.oracle.sizes.layers):
-            layer = self.oracle.layer(n)
-            taps = layer.run(right)
-            off = nudged * (1 + metrics.FLOOR * rng.standard_normal(nudged.shape, np.float32))
-            nudged = layer.run(off, {"expert_choice": taps["expert_choice"]})["layer_out"]
-            right = taps["layer_out"]
-        return self.oracle.unembed(nudged)["logits"]
+        strange = self.report.free_run["verdict"] == "fail" or not all(flip["explained"] for flip in self.report.judged_flips)
+        if strange and self.oracle.prompt is None:
+            self.judge.amplified(*moved(self.oracle, [self.prompt.tokens]))
 
     def explain(self, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray | None) -> None:
         if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:

@@ -1,5 +1,6 @@
 """A comparison: what is asked for, whether it can be had, and everything that is then run."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -20,11 +21,7 @@ from parity.device import here
 from parity.forms_arm import compare_forms, compare_long
 from parity.memory import check_free_memory, check_memory, fits
 from parity.prompts import Prompt, random_prompt, unequal_prompt
-from parity.protocols import (
-    Asked,
-    Oracle,
-    Port,
-)
+from parity.protocols import Asked, Oracle, Port, Unanswered
 from parity.recording import Recorder
 from parity.reports.report import Report
 from parity.weights import unmatched
@@ -170,7 +167,14 @@ def _gradients(oracle: Oracle, port: Port, report: Report, tokens: np.ndarray) -
         missing = [name for name in names if name not in got]
         if missing:
             report.lacks(f"gradients: the port gave none of {counted(len(missing), 'parameter')}, the first {missing[0]}")
-        report.gradients = compare_gradients(want, got, [name for name in names if name in got])
+        names = [name for name in names if name in got]
+        report.gradients = compare_gradients(want, got, names)
+        if report.wrong_gradients and not any(tap.verdict == "fail" for tap in report.taps):
+            with contextlib.suppress(Unanswered):
+                report.gradients = compare_gradients(want, got, names, oracle.of(None).moved_gradients(tokens))
+            if noise := [one["name"] for one in report.gradients if one["verdict"] == "incomplete"]:
+                count = f"{counted(len(noise), 'parameter')}, {noise[0]} among them"
+                report.lacks(f"gradients: rounding alone moves PyTorch's by a tenth and more for {count}")
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from oss_model.terminal import counted
 from parity import metrics
+from parity.nudging import Moved
 from parity.prompts import Prompt
 from parity.protocols import Arrays
 from parity.reports.report import Report, TapResult
@@ -195,15 +196,15 @@ class Judge:
         if logits is not None:
             self.report.as_stored = metrics.free_run(*(np.asarray(a)[self.prompt.valid][None] for a in (truth, logits)))
 
-    def amplified(self, truth: np.ndarray, nudged: np.ndarray) -> None:
+    def amplified(self, moved: Moved) -> None:
         """The free run again, where the model makes more of rounding than most: by how much the reference itself is moved."""
         run = self.report.free_run
         assert run is not None
-        moved = np.abs(nudged[self.prompt.valid] - truth[self.prompt.valid]).max()
-        run["amplified"] = max(run.get("amplified", 0.0), float(metrics.finite(moved)))
-        if run["gate"] < metrics.TIMES * run["amplified"]:
-            run["gate"] = metrics.TIMES * run["amplified"]
-            run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
+        run["amplified"] = float(moved.logits[self.prompt.valid].max())
+        run["gate"] = max(run["gate"], metrics.TIMES * run["amplified"])
+        run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
+        for flip in (*self.report.judged_flips, *self.report.flips):
+            flip["explained"] |= flip["margin"] <= metrics.TIMES * float(moved.routing[flip["layer"], flip["token"]])
 
     def errors(self, got: np.ndarray, want: np.ndarray) -> np.ndarray:
         """Relative L2 of each token of the prompt, [batch, length]; padding counts as right."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from parity import metrics
 from parity.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ class Question(NamedTuple):
 
     Attributes:
       replica: a safetensors directory to be asked about in place of its own; None: its own.
-      lengths: of the rows; tokens of a row are drawn with the first of `seeds` where no router is nearer to a tie than
-        `near_tie`, or with the one that comes nearest to that.
+      lengths: of the rows; their tokens are drawn with the first of `seeds` where all can be judged (`Answers.judged`), or with
+        the one where the most can.
       new: how many tokens to generate after each row.
       kinds: what is wanted: "logits", "tokens", "gradients", "updated logits".
       updates: low-rank updates, and their alpha.
@@ -171,7 +172,6 @@ class Question(NamedTuple):
     kinds: tuple[str, ...]
     updates: tuple[Updates, float] | None
     seeds: tuple[int, ...]
-    near_tie: float
 
 
 class Answers(NamedTuple):
@@ -186,6 +186,9 @@ class Answers(NamedTuple):
       eos: a token that is generated early, for the form that must stop there.
       updated: logits with the updates; None if it cannot.
       gradients: parameter's name -> d mean cross entropy of row 0 / d parameter, float32; None if not asked, or it cannot.
+      moved: [length] a row: how far rounding moves a token's logits (`parity.nudging`), over the row's largest.
+      moved_margins: the same of its router logits, over the token's largest, the most of all layers. None, as `moved`, in
+        recordings of before.
     """
 
     rows: list[np.ndarray]
@@ -197,6 +200,21 @@ class Answers(NamedTuple):
     eos: tuple[int, ...]
     updated: list[np.ndarray] | None
     gradients: Arrays | None
+    moved: list[np.ndarray] | None = None
+    moved_margins: list[np.ndarray] | None = None
+
+    @property
+    def judged(self) -> list[np.ndarray]:
+        """Of each row the tokens before a near-tie of the routing, bool [length]: rounding may send that one elsewhere."""
+        moved = self.moved_margins or [np.zeros(len(row)) for row in self.rows]
+        near = [np.maximum(metrics.NEAR_TIE, metrics.TIMES * by) for by in moved]
+        return [~np.logical_or.accumulate(margins < near) for margins, near in zip(self.margins, near, strict=True)]
+
+    @property
+    def times(self) -> list[float]:
+        """Of each row, how many times the usual bounds are those of this model, which may make more of rounding than most."""
+        moved = [0.0 if by is None else metrics.TIMES * float(by.max()) for by in self.moved or [None] * len(self.rows)]
+        return [max(1.0, most / metrics.FREE_RUN_GATE) for most in moved]
 
 
 class Unanswered(Exception):
@@ -374,6 +392,10 @@ class Wrongly(Protocol):
 
     def twice(self, part: str, row: np.ndarray) -> Arrays:
         """As `Answers.gradients` of a row, every "block", or the "experts" of every block, applied a second time."""
+        ...
+
+    def moved_gradients(self, tokens: np.ndarray) -> dict[str, float]:
+        """Parameter's name -> how far rounding alone moves its gradient on tokens [1, length], relative L2."""
         ...
 
 

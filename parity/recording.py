@@ -303,7 +303,7 @@ class _ReplayedLayer:
 
 # --- run forms --------------------------------------------------------------------------------------------------
 
-_LISTS = ("rows", "margins", "logits", "logits16", "made", "made_margins", "updated")  # of `Answers`
+_LISTS = ("rows", "margins", "logits", "logits16", "made", "made_margins", "updated", "moved", "moved_margins")  # of `Answers`
 
 
 def _asked(question: Question) -> dict[str, Any]:

@@ -10,8 +10,11 @@ import pytest
 from oss_model import InputError
 from parity import compare, metrics, walk
 from parity.gradients import compare_gradients
-from parity.prompts import Prompt
-from parity.protocols import Arrays, Expected, LayerCan, PortCan, Sizes
+from parity.judge import Judge
+from parity.nudging import Moved
+from parity.prompts import Prompt, random_prompt
+from parity.protocols import Arrays, Expected, LayerCan, PortCan, Sizes, Unanswered
+from parity.reports.report import Report
 
 HIDDEN, EXPERTS, K, VOCAB, LAYERS, WINDOW = 12, 7, 2, 17, 4, 3
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -159,6 +162,9 @@ class Whole(Model):
     @property
     def differentiates(self):
         return self
+
+    def of(self, replica):
+        raise Unanswered("it is never wrong on purpose")
 
     def layer(self, n: int) -> Layer:
         return Decoder(self, n)
@@ -379,6 +385,26 @@ def test_gradients_that_are_zero_on_both_sides_are_equal():
     want, got = {"idle": zero, "appeared": zero, "vanished": some}, {"idle": zero, "appeared": some, "vanished": zero}
     found = {one["name"]: (one["relative_l2"], one["verdict"]) for one in compare_gradients(want, got, want)}
     assert found == {"idle": (0.0, "ok"), "appeared": (metrics.WORST, "fail"), "vanished": (1.0, "fail")}
+
+
+def test_a_gradient_may_be_as_far_as_rounding_moves_the_reference():
+    """Where that is as far as it is long, it tells nothing."""
+    want, got = {"a": np.ones(4, np.float32)}, {"a": np.full(4, 1.05, np.float32)}
+    verdicts = [compare_gradients(want, got, want, {"a": moved})[0]["verdict"] for moved in (0, 0.004, 0.006, 0.1)]
+    assert verdicts == ["fail", "fail", "ok", "ok"]
+    assert compare_gradients(want, {"a": -got["a"]}, want, {"a": 0.1})[0]["verdict"] == "incomplete"
+
+
+def test_a_flip_that_rounding_makes_of_the_reference_is_a_near_tie():
+    judge = Judge(random_prompt(9, TOKENS, 0), Report("source", "checkpoint", "model", 1, 0))
+    flip = {"token": 1, "lost": [0], "took": [1], "margin": 1e-2, "explained": False}
+    judge.report.judged_flips = [{"layer": n} | flip for n in (0, 1)]
+    judge.report.free_run = {"gate": 1e-4, "max_abs": 1e-3}
+    routing = np.zeros((2, TOKENS))
+    routing[1, 1] = 2e-3
+    judge.amplified(Moved(np.full((1, TOKENS), 2e-4), routing, np.ones_like(routing)))
+    assert [flip["explained"] for flip in judge.report.judged_flips] == [False, True]
+    assert (judge.report.free_run["verdict"], judge.report.free_run["gate"]) == ("ok", pytest.approx(2e-3))
 
 
 def test_a_tap_that_is_zero_on_both_sides_is_exact_in_every_dtype():

@@ -68,7 +68,7 @@ class RunDiagnosis:
         if self._follows(result, place) or self._lost_in_loading(result, place):
             return
         wrong = [want is None or place not in got or _apart(got[place][row], want[row], keep) > GATE
-                 for row, keep in enumerate(_judged(answers))]  # fmt: skip
+                 for row, keep in enumerate(answers.judged)]  # fmt: skip
         self._name(result, place, got, want, answers, wrong)
 
     def gave(self, result: FormResult, place: str, found: Any, want: Any, beside: dict[Place, Any] | None = None) -> None:
@@ -183,8 +183,8 @@ class RunDiagnosis:
         gate, before = GATE, want if place == e.place else None
         if place[1] in LAYER_TAPS and place[1] != "expert_choice" and e.place in e.got:
             before, rounded = ([e.computed(row, place, dtype=dtype) for row in e.rows] for dtype in (np.float64, np.float32))
-            gate = float(bound(max(map(_apart, rounded, before, _judged(e.answers)))))
-        keeps = [np.where(_of(made.of, keep), keep, False) for keep in _judged(e.answers)]
+            gate = float(bound(max(map(_apart, rounded, before, e.answers.judged))))
+        keeps = [np.where(_of(made.of, keep), keep, False) for keep in e.answers.judged]
         sides = (before, made.rows)
         apart, left = (
             max(_apart(got[row], side[row], keeps[row]) for row in e.rows) if side is not None else 1.0 for side in sides
@@ -205,7 +205,7 @@ class RunDiagnosis:
             return None
         other = Evidence(form, *e.place, got, self.answers, e.wrong, e.settings, e.oracle, e.right, lambda form: None)
         exact, rounded = ([other.computed(row, dtype=dtype) for row in other.rows] for dtype in (np.float64, np.float32))
-        judged = _judged(self.answers)
+        judged = self.answers.judged
         gate = bound(max(map(_apart, rounded, exact, judged)))
         return bool(max(map(_apart, got[e.place], exact, judged)) <= gate)
 
@@ -215,7 +215,7 @@ class RunDiagnosis:
         """Where it is wrong: rows, tokens, heads, how much, and in which forms."""
         said = []
         if want is not None and e.place in e.got and e.tap in (*LAYER_TAPS, RETURNED):
-            bad = [_wrong_tokens(e.got[e.place][row], want[row]) & keep for row, keep in enumerate(_judged(e.answers))]
+            bad = [_wrong_tokens(e.got[e.place][row], want[row]) & keep for row, keep in enumerate(e.answers.judged)]
             rows = [row for row in e.rows if bad[row].any()]
             if len(rows) < len(bad):
                 padded = all(e.padding(row) for row in rows) and not any(e.padding(row) for row in e.rows if row not in rows)
@@ -284,11 +284,6 @@ def _right(oracle: Wrongly, layer: int | None) -> eq.Values:
         return Parameters("", outside, lambda names: {}).right(set())
     one = oracle.layer(layer)
     return Parameters(f"layers.{layer}.", lambda: one.parameters(False), lambda names: {}, one).right(set())
-
-
-def _judged(answers: Answers) -> list[np.ndarray]:
-    """Of each row the tokens before a near-tie."""
-    return [~np.logical_or.accumulate(margins < metrics.NEAR_TIE) for margins in answers.margins]
 
 
 def _of(some: slice, keep: np.ndarray) -> np.ndarray:

@@ -245,6 +245,9 @@ class Reference:
     def twice(self, part: str, row: np.ndarray) -> Arrays:
         return gradients.gradients(self, row[None], part)[0]
 
+    def moved_gradients(self, tokens: np.ndarray) -> dict[str, float]:
+        return gradients.moved(self, tokens)
+
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[TapRows]:
         """Of each row run alone: see `parity.protocols.Oracle.taps`."""
         if replica is not None:

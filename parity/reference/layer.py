@@ -57,7 +57,7 @@ class TorchLayer:
         }
         for name, part in parts.items():
             part.register_forward_hook(_watch(seen, name, forced))
-        mlp.router.register_forward_hook(_watch_router(seen, forced))
+        mlp.router.register_forward_hook(watch_router(seen, forced))
         positions = torch.arange(x.shape[1])[None]
         sliding = list(self.config.layer_types or [])[self.n] == "sliding_attention"
         make_mask = create_sliding_window_causal_mask if sliding else create_causal_mask
@@ -166,7 +166,7 @@ def _watch(seen: Taps, name: str, forced: Taps):
     return hook
 
 
-def _watch_router(seen: Taps, forced: Taps):
+def watch_router(seen: Taps, forced: Taps):
     """The router's three outputs. On forced logits or experts it routes again, with its own code."""
 
     def hook(module, args, output):

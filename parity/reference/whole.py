@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
+from parity.nudging import moved
 from parity.protocols import Answers, Arrays, Question, Updates
 from parity.reference.layer import to_numpy
 
@@ -111,25 +112,40 @@ class Whole:
     def answer(self, question: Question) -> Answers:
         """As `parity.protocols.Oracle.answers`, of this model."""
         vocab = self.reference.sizes.vocab
-        tried = []
+        tried: list[Answers] = []
         for seed in question.seeds:
             rng = np.random.default_rng(seed)
             rows = [rng.integers(0, vocab, length) for length in question.lengths]
-            tried.append((*self.logits(rows), rows))
-            if min(margin.min() for margin in tried[-1][1]) >= question.near_tie:
+            tried.append(self._asked(rows))
+            if np.concatenate(tried[-1].judged).all():
                 break
-        logits, margins, rows = max(tried, key=lambda one: min(margin.min() for margin in one[1]))
-        made, made_margins = self.generate(rows, question.new) if "tokens" in question.kinds else ([], [])
+        found = max(tried, key=lambda one: np.concatenate(one.judged).sum())
+        made, made_margins = self.generate(found.rows, question.new) if "tokens" in question.kinds else ([], [])
+        return found._replace(
+            logits16=self.logits(found.rows, "bfloat16")[0] if "logits" in question.kinds else None,
+            made=made,
+            made_margins=made_margins,
+            eos=(int(made[0][len(made[0]) // 3]),) if made else (),
+            updated=self.updated(found.rows, *question.updates) if question.updates is not None else None,
+            gradients=self.reference.gradients(found.rows[0][None])[0] if "gradients" in question.kinds else None,
+        )
+
+    def _asked(self, rows: list[np.ndarray]) -> Answers:
+        """Of these rows, what decides which tokens can be judged."""
+        logits, margins = self.logits(rows)
+        found = moved(self.reference, [row[None] for row in rows])
         return Answers(
             rows,
             margins,
             logits,
-            self.logits(rows, "bfloat16")[0] if "logits" in question.kinds else None,
-            made,
-            made_margins,
-            (int(made[0][len(made[0]) // 3]),) if made else (),
-            self.updated(rows, *question.updates) if question.updates is not None else None,
-            self.reference.gradients(rows[0][None])[0] if "gradients" in question.kinds else None,
+            logits16=None,
+            made=[],
+            made_margins=[],
+            eos=(),
+            updated=None,
+            gradients=None,
+            moved=[one.logits[0] / np.abs(right).max() for one, right in zip(found, logits, strict=True)],
+            moved_margins=[(one.routing / one.largest).max(0) for one in found],
         )
 
 
