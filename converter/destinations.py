@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from converter.bucket import Bucket
-from converter.destination import Directory
+from converter.directory import Directory
 from converter.ends import Destination
 from oss_model.buckets import GsPath
 from oss_model.errors import raise_all

@@ -5,7 +5,7 @@ it, makes of what is read what is stored (`converter.chunks`), remembers what is
 Sources are safetensors (`oss_model.shards`), Orbax (`converter.orbax_source`), and either with LoRA updates added
 (`converter.merging`). Sinks are an Orbax directory (`converter.store`), one of safetensors (`converter.shard_store`), and Orbax
 in a bucket (`converter.bucket_store`). A destination is DST with what is remembered there until it is whole: a directory
-(`converter.destination`), with locks and renames, or a prefix of a bucket (`converter.bucket`), which has neither.
+(`converter.directory`), with locks and renames, or a prefix of a bucket (`converter.bucket`), which has neither.
 """
 
 from collections.abc import Callable, Iterable, Mapping

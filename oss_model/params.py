@@ -186,7 +186,7 @@ def _without_leaf(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {name.removesuffix(".value"): of for name, of in found.items()}
 
 
-def as_stored(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, np.dtype]]:
+def stored_config(path: str | os.PathLike, cfg: ModelConfig) -> tuple[ModelConfig, dict[str, np.dtype]]:
     """`cfg` with the `param_dtype` of an Orbax checkpoint, and each parameter's stored dtype.
 
     Raises:
@@ -239,7 +239,7 @@ def _mismatches(path: str | os.PathLike, expected: dict, found: dict) -> list[st
 class _Orbax:
     def __init__(self, path: Path, cfg: ModelConfig, mesh: Mesh | None):
         self.path, self.arrays = path, open_arrays(path)
-        stored, self.dtypes = as_stored(path, cfg)
+        stored, self.dtypes = stored_config(path, cfg)
         self.stored = {name: (shape, self.dtypes[name]) for name, (shape, _) in layouts.parameters(stored).items()}
         self.cfg = dataclasses.replace(cfg, param_dtype=_held(path, cfg.param_dtype, self.dtypes))
         self.packed = shardings(stored, mesh) if mesh is not None else {}

@@ -28,7 +28,7 @@ from oss_model import ModelConfig, Transformer, add_lora, create_model_from_chec
 from oss_model.cache import EMPTY
 from oss_model.layouts import lora_shapes, parameter_name
 from oss_model.lora import select
-from oss_model.params import as_stored, is_orbax
+from oss_model.params import is_orbax, stored_config
 from oss_model.scanned import scanned
 from oss_model.shards import Checkpoint
 from oss_model.taps import Layer, tapping
@@ -53,7 +53,7 @@ LONG_FORM = "long"  # asked for by itself, never among the others
 Run = Callable[[Subject, Answers], list[np.ndarray] | Arrays]
 
 
-class Form(NamedTuple):
+class RunForm(NamedTuple):
     """
     Attributes:
       gives: what it is compared with.
@@ -334,45 +334,45 @@ def lora_zero(subject: Subject, asked: Answers) -> list[np.ndarray]:
 # --- the table --------------------------------------------------------------------------------------------------
 
 
-def _mesh(default: bool = False, **axes: int) -> Form:
-    return Form(LOGITS, functools.partial(on_mesh, axes=axes), default, math.prod(axes.values()))
+def _mesh(default: bool = False, **axes: int) -> RunForm:
+    return RunForm(LOGITS, functools.partial(on_mesh, axes=axes), default, math.prod(axes.values()))
 
 
-def table(cfg: ModelConfig) -> dict[str, Form]:
-    """Form -> what it is, for a model of these sizes."""
+def table(cfg: ModelConfig) -> dict[str, RunForm]:
+    """A form's name -> what it is, for a model of these sizes."""
     experts = next((n for n in range(2, 9) if cfg.num_experts % n == 0), 2)
     return {
-        "eager": Form(LOGITS, eager),
-        "jit": Form(LOGITS, jitted, default=True),
-        "path loop": Form(LOGITS, functools.partial(eager, expert_path="loop")),
-        "path scan": Form(LOGITS, functools.partial(jitted, expert_path="scan")),
-        "path grouped": Form(LOGITS, functools.partial(jitted, expert_path="grouped")),
-        "path pairs": Form(LOGITS, functools.partial(jitted, expert_path="pairs")),
-        "path ragged": Form(LOGITS, functools.partial(jitted, expert_path="ragged")),
-        "scanned": Form(LOGITS, in_one_loop),
-        "attention in blocks": Form(LOGITS, functools.partial(jitted, attention_block=BLOCK)),
-        "cache, in blocks": Form(LOGITS, functools.partial(cached, pieces=in_pieces, attention_block=BLOCK)),
-        "gradients in blocks": Form(GRADIENTS, functools.partial(gradients, attention_block=BLOCK)),
-        "values": Form(LOGITS, jitted, stored="values"),
-        "packed": Form(LOGITS, jitted, default=True, stored="packed"),
+        "eager": RunForm(LOGITS, eager),
+        "jit": RunForm(LOGITS, jitted, default=True),
+        "path loop": RunForm(LOGITS, functools.partial(eager, expert_path="loop")),
+        "path scan": RunForm(LOGITS, functools.partial(jitted, expert_path="scan")),
+        "path grouped": RunForm(LOGITS, functools.partial(jitted, expert_path="grouped")),
+        "path pairs": RunForm(LOGITS, functools.partial(jitted, expert_path="pairs")),
+        "path ragged": RunForm(LOGITS, functools.partial(jitted, expert_path="ragged")),
+        "scanned": RunForm(LOGITS, in_one_loop),
+        "attention in blocks": RunForm(LOGITS, functools.partial(jitted, attention_block=BLOCK)),
+        "cache, in blocks": RunForm(LOGITS, functools.partial(cached, pieces=in_pieces, attention_block=BLOCK)),
+        "gradients in blocks": RunForm(GRADIENTS, functools.partial(gradients, attention_block=BLOCK)),
+        "values": RunForm(LOGITS, jitted, stored="values"),
+        "packed": RunForm(LOGITS, jitted, default=True, stored="packed"),
         "mesh fsdp": _mesh(fsdp=2),
         "mesh tensor": _mesh(tensor=2),
         "mesh expert": _mesh(expert=experts),
         "mesh context": _mesh(context=2),
         "mesh fsdp × tensor": _mesh(default=True, fsdp=2, tensor=2),
         "mesh fsdp × tensor × expert": _mesh(fsdp=2, tensor=2, expert=2),
-        "cache": Form(LOGITS, cached, default=True),
-        "cache, padding on the right": Form(LOGITS, functools.partial(cached, left=False)),
-        "cache, in pieces": Form(LOGITS, functools.partial(cached, pieces=in_pieces)),
-        "cache, token by token": Form(LOGITS, functools.partial(cached, pieces=lambda length, window: [1] * length)),
-        "generate": Form(TOKENS, generated, default=True),
-        "generate, eos": Form(TOKENS, functools.partial(generated, ends=True), default=True),
-        "remat mlp": Form(GRADIENTS, functools.partial(gradients, remat="mlp")),
-        "remat block": Form(GRADIENTS, functools.partial(gradients, remat="block")),
-        "lora zero": Form(LOGITS, lora_zero),
-        "lora": Form(UPDATED, functools.partial(lora, merged=False)),
-        "lora merged": Form(UPDATED, functools.partial(lora, merged=True)),
-        LONG_FORM: Form(LOGITS, jitted),
+        "cache": RunForm(LOGITS, cached, default=True),
+        "cache, padding on the right": RunForm(LOGITS, functools.partial(cached, left=False)),
+        "cache, in pieces": RunForm(LOGITS, functools.partial(cached, pieces=in_pieces)),
+        "cache, token by token": RunForm(LOGITS, functools.partial(cached, pieces=lambda length, window: [1] * length)),
+        "generate": RunForm(TOKENS, generated, default=True),
+        "generate, eos": RunForm(TOKENS, functools.partial(generated, ends=True), default=True),
+        "remat mlp": RunForm(GRADIENTS, functools.partial(gradients, remat="mlp")),
+        "remat block": RunForm(GRADIENTS, functools.partial(gradients, remat="block")),
+        "lora zero": RunForm(LOGITS, lora_zero),
+        "lora": RunForm(UPDATED, functools.partial(lora, merged=False)),
+        "lora merged": RunForm(UPDATED, functools.partial(lora, merged=True)),
+        LONG_FORM: RunForm(LOGITS, jitted),
     }
 
 
@@ -393,7 +393,7 @@ class Forms:
     def holds_packed(self) -> bool:
         if not is_orbax(self.path):
             return Checkpoint(self.path, ignore=None).layout.packed
-        return as_stored(self.path, self.cfg)[0].param_dtype == "mxfp4"
+        return stored_config(self.path, self.cfg)[0].param_dtype == "mxfp4"
 
     @property
     def updates(self) -> tuple[Updates, float]:

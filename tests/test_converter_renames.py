@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from converting import TIME_STAMPED, contents, tree
 
-from converter import convert, destination
+from converter import convert, directory
 from converter.cli import main
 from oss_model.errors import InputError
 
@@ -44,8 +44,8 @@ def kill(monkeypatch):
 
         for name in ("rename", "replace"):
             patch.setattr(os, name, dying(getattr(os, name)))
-        found = destination.exchange if exchange else lambda one, other: False
-        patch.setattr(destination, "exchange", dying(found, does_nothing=not exchange))
+        found = directory.exchange if exchange else lambda one, other: False
+        patch.setattr(directory, "exchange", dying(found, does_nothing=not exchange))
         return seen
 
     yield install
@@ -208,7 +208,7 @@ def mounted(tmp_path, monkeypatch) -> Iterator[Path]:
     with monkeypatch.context() as patch:
         for name in ("rename", "replace"):
             patch.setattr(os, name, refusing(getattr(os, name)))
-        patch.setattr(destination, "exchange", refusing(destination.exchange))
+        patch.setattr(directory, "exchange", refusing(directory.exchange))
         ismount = os.path.ismount
         patch.setattr(os.path, "ismount", lambda path: Path(path) == out or ismount(path))
         yield out

@@ -69,9 +69,9 @@ def restore(checkpoint: Path, loader: str, repeats: int, disk: bool) -> None:
     from oss_model import ModelConfig, create_model_from_checkpoint
     from oss_model.layouts import parameter_name
     from oss_model.memory import peak_rss
-    from oss_model.params import abstract_model, as_stored
+    from oss_model.params import abstract_model, stored_config
 
-    cfg, dtypes = as_stored(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
+    cfg, dtypes = stored_config(checkpoint, ModelConfig.from_json(checkpoint / "config.json"))
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     _, state = abstract_model(cfg, mesh)
     for path, variable in nnx.to_flat_state(state):
