@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -107,6 +108,8 @@ def main() -> int:
                 largest[what] = max(largest.get(what, 0.0), ratio)
             shutil.rmtree(source)
             shutil.rmtree(checkpoint)
+            if run % 20 == 0:
+                jax.clear_caches()  # a process may map 65,530 pieces of memory, and what is compiled takes many
             flips += len(report.flips)
             forms += len(report.forms)
             if report.verdict != "pass":
