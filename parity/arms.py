@@ -22,9 +22,8 @@ from parity.judge import ROUTING, Judge
 from parity.mistakes.diagnosis import Diagnosis
 from parity.mistakes.parameters import Parameters
 from parity.noise import bound, noise
-from parity.nudging import moved
 from parity.prompts import Prompt
-from parity.protocols import Arrays, Call, Oracle, OracleLayer, Port, PortLayer, SupportsRestore
+from parity.protocols import Arrays, Call, Oracle, OracleLayer, Port, PortLayer, SupportsRestore, Unanswered
 from parity.recording import Recorder
 from parity.reports.report import Report, Weight
 from parity.walk import Assembled
@@ -235,8 +234,11 @@ class Arms:
             self.judge.as_stored(taps["logits"], self.as_stored.finish())
         assert self.report.free_run is not None
         strange = self.report.free_run["verdict"] == "fail" or not all(flip["explained"] for flip in self.report.judged_flips)
-        if strange and self.oracle.prompt is None:
-            self.judge.amplified(*moved(self.oracle, [self.prompt.tokens]))
+        if strange or isinstance(self.oracle, Recorder):  # a recording has it for ports that need it
+            with contextlib.suppress(Unanswered):
+                found = self.oracle.moved(self.prompt.tokens)
+                if strange:
+                    self.judge.amplified(found)
 
     def explain(self, tap: str, given: Arrays, want: np.ndarray, got: np.ndarray | None) -> None:
         if self.report.taps[-1].verdict == "fail" and got is not None and got.size == want.size:

@@ -39,7 +39,7 @@ def compare_gradients(
         if got[name].shape == want[name].shape:
             error = min(metrics.rel_l2(got[name], want[name]), metrics.WORST)
         gate = max(metrics.GRADIENT_GATE, metrics.TIMES * moved.get(name, 0.0))
-        verdict = "ok" if error <= min(gate, 1.0) else "fail" if gate < 1 else "incomplete"
+        verdict = "ok" if error <= metrics.GRADIENT_GATE or error <= gate < 1 else "fail" if gate < 1 else "incomplete"
         found.append({"name": name, "relative_l2": error, "verdict": verdict})
     return found
 

@@ -7,9 +7,8 @@ import numpy as np
 
 from oss_model.terminal import counted
 from parity import metrics
-from parity.nudging import Moved
 from parity.prompts import Prompt
-from parity.protocols import Arrays
+from parity.protocols import Arrays, Moved
 from parity.reports.report import Report, TapResult
 
 ROUTING = ("router_logits", "expert_choice")
@@ -203,6 +202,9 @@ class Judge:
         run["amplified"] = float(moved.logits[self.prompt.valid].max())
         run["gate"] = max(run["gate"], metrics.TIMES * run["amplified"])
         run["verdict"] = "ok" if run["max_abs"] <= run["gate"] else "fail"
+        if run["gate"] >= run["max_logit"] and run["max_abs"] > metrics.FREE_RUN_GATE * run["max_logit"]:
+            run["verdict"] = "incomplete"
+            self.report.lacks("free run: rounding alone moves PyTorch's own logits by a tenth and more")
         for flip in (*self.report.judged_flips, *self.report.flips):
             flip["explained"] |= flip["margin"] <= metrics.TIMES * float(moved.routing[flip["layer"], flip["token"]])
 

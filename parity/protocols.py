@@ -183,12 +183,13 @@ class Answers(NamedTuple):
         largest router logit.
       logits, logits16: float32 [length, vocab] a row, computed in float32 and in bfloat16.
       made: the tokens that follow, greedily. made_margins: by how much each was the likeliest, over the largest logit.
+        made_seconds: the next likeliest; None in recordings of before.
       eos: a token that is generated early, for the form that must stop there.
       updated: logits with the updates; None if it cannot.
       gradients: parameter's name -> d mean cross entropy of row 0 / d parameter, float32; None if not asked, or it cannot.
-      moved: [length] a row: how far rounding moves a token's logits (`parity.nudging`), over the row's largest.
-      moved_margins: the same of its router logits, over the token's largest, the most of all layers. None, as `moved`, in
-        recordings of before.
+      moved: [length] a row: how far rounding moves a token's logits (`Moved`), over the row's largest.
+      moved_margins: the same of its router logits, over the token's largest, the most of all layers.
+      moved_taps: of each row `Moved.taps`. None, as these others in recordings of before, in recordings.
     """
 
     rows: list[np.ndarray]
@@ -202,19 +203,50 @@ class Answers(NamedTuple):
     gradients: Arrays | None
     moved: list[np.ndarray] | None = None
     moved_margins: list[np.ndarray] | None = None
+    made_seconds: list[np.ndarray] | None = None
+    moved_taps: list[dict[tuple[int | None, str], float]] | None = None
 
     @property
     def judged(self) -> list[np.ndarray]:
-        """Of each row the tokens before a near-tie of the routing, bool [length]: rounding may send that one elsewhere."""
+        """Of each row the tokens that tell something, bool [length].
+
+        From a near-tie of the routing on, where rounding may send a token elsewhere, they do not, nor where rounding may move
+        logits as far as they are large.
+        """
         moved = self.moved_margins or [np.zeros(len(row)) for row in self.rows]
         near = [np.maximum(metrics.NEAR_TIE, metrics.TIMES * by) for by in moved]
-        return [~np.logical_or.accumulate(margins < near) for margins, near in zip(self.margins, near, strict=True)]
+        ties = [np.logical_or.accumulate(margins < least) for margins, least in zip(self.margins, near, strict=True)]
+        return [~tied & (bound < 1) for tied, bound in zip(ties, self.bounds, strict=True)]
 
     @property
-    def times(self) -> list[float]:
-        """Of each row, how many times the usual bounds are those of this model, which may make more of rounding than most."""
-        moved = [0.0 if by is None else metrics.TIMES * float(by.max()) for by in self.moved or [None] * len(self.rows)]
-        return [max(1.0, most / metrics.FREE_RUN_GATE) for most in moved]
+    def bounds(self) -> list[np.ndarray]:
+        """Of each row by how much a token's logits may differ, over the row's largest: [length]."""
+        moved = self.moved or [np.zeros(len(row)) for row in self.rows]
+        return [np.maximum(metrics.FREE_RUN_GATE, metrics.TIMES * by) for by in moved]
+
+    def tie(self, row: int) -> float:
+        """Two logits that are so close, over the largest, may change places by rounding."""
+        return max(metrics.NEAR_TIE, metrics.TIMES * float(self.moved[row].max())) if self.moved else metrics.NEAR_TIE
+
+    def bound(self, row: int, layer: int | None, tap: str) -> float:
+        """By how much a tap may differ, the worst token's relative L2."""
+        by = self.moved_taps[row].get((layer, tap), 0.0) if self.moved_taps else 0.0
+        return max(metrics.USUAL_GATE, metrics.TIMES * by)
+
+
+class Moved(NamedTuple):
+    """How far rounding alone moves a model (`parity.nudging`), the most of some draws, each going to the same experts.
+
+    Attributes:
+      logits: float32 [batch, length], the largest |difference| of a token's logits.
+      routing: float32 [layers, batch * length], of its router's. largest: the largest |router logit| itself.
+      taps: (layer, tap) -> the worst token's relative L2.
+    """
+
+    logits: np.ndarray
+    routing: np.ndarray
+    largest: np.ndarray
+    taps: dict[tuple[int | None, str], float]
 
 
 class Unanswered(Exception):
@@ -442,6 +474,13 @@ class Oracle(Protocol):
         """
         Raises:
           Unanswered: if it cannot.
+        """
+        ...
+
+    def moved(self, tokens: np.ndarray) -> Moved:
+        """
+        Raises:
+          Unanswered: as `answers`.
         """
         ...
 

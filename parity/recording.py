@@ -25,6 +25,7 @@ from parity.protocols import (
     Arrays,
     Asked,
     Expected,
+    Moved,
     Oracle,
     OracleLayer,
     Port,
@@ -102,6 +103,11 @@ class Recorder:
         found = self.oracle.answers(question)
         self.described["forms"] = _asked(question) | {"eos": list(found.eos)}
         self.write("forms", flat(found))
+        return found
+
+    def moved(self, tokens: np.ndarray) -> Moved:
+        found = self.oracle.moved(tokens)  # of its own layers: what these say is written
+        self.write("moved", {"logits": found.logits, "routing": found.routing, "largest": found.largest})
         return found
 
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
@@ -253,6 +259,11 @@ class Recording:
             raise Unanswered(f"recorded for another model or replica: {noted}, now {wanted}")
         return answers_of(self.read("forms"), tuple(noted["eos"]))
 
+    def moved(self, tokens: np.ndarray) -> Moved:
+        if not (self.directory / "moved.safetensors").exists():
+            raise Unanswered("recorded before it was asked how far rounding moves it")
+        return Moved(**self.read("moved"), taps={})
+
     def taps(self, replica: Path | None, rows: list[np.ndarray]) -> Iterator[Taps]:
         raise Unanswered("a recording has no taps of run forms")
 
@@ -303,7 +314,10 @@ class _ReplayedLayer:
 
 # --- run forms --------------------------------------------------------------------------------------------------
 
-_LISTS = ("rows", "margins", "logits", "logits16", "made", "made_margins", "updated", "moved", "moved_margins")  # of `Answers`
+# Of `Answers`, those that are an array a row.
+_LISTS = (
+    "rows", "margins", "logits", "logits16", "made", "made_margins", "made_seconds", "updated", "moved", "moved_margins",
+)  # fmt: skip
 
 
 def _asked(question: Question) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from oss_model import InputError
-from parity import compare, metrics, walk
+from parity import compare, metrics, nudging, walk
 from parity.gradients import compare_gradients
 from parity.judge import Judge
-from parity.nudging import Moved
 from parity.prompts import Prompt, random_prompt
-from parity.protocols import Arrays, Expected, LayerCan, PortCan, Sizes, Unanswered
+from parity.protocols import Arrays, Expected, LayerCan, Moved, PortCan, Sizes, Unanswered
 from parity.reports.report import Report
 
 HIDDEN, EXPERTS, K, VOCAB, LAYERS, WINDOW = 12, 7, 2, 17, 4, 3
@@ -129,6 +128,9 @@ class Model:
 
     def layer(self, n: int) -> Layer:
         return Layer(self, n)
+
+    def moved(self, tokens: np.ndarray) -> Moved:
+        return nudging.moved(self, [tokens])[0]
 
     def unembed(self, x: np.ndarray, forced: Arrays | None = None) -> Arrays:
         normed = self.change(None, "final_norm", norm(x.astype(np.float32)), forced)
@@ -390,19 +392,23 @@ def test_gradients_that_are_zero_on_both_sides_are_equal():
 def test_a_gradient_may_be_as_far_as_rounding_moves_the_reference():
     """Where that is as far as it is long, it tells nothing."""
     want, got = {"a": np.ones(4, np.float32)}, {"a": np.full(4, 1.05, np.float32)}
-    verdicts = [compare_gradients(want, got, want, {"a": moved})[0]["verdict"] for moved in (0, 0.004, 0.006, 0.1)]
-    assert verdicts == ["fail", "fail", "ok", "ok"]
-    assert compare_gradients(want, {"a": -got["a"]}, want, {"a": 0.1})[0]["verdict"] == "incomplete"
+    verdicts = [compare_gradients(want, got, want, {"a": moved})[0]["verdict"] for moved in (0, 0.004, 0.006, 0.09, 0.1)]
+    assert verdicts == ["fail", "fail", "ok", "ok", "incomplete"]
+    for wrong in (np.zeros(4, np.float32), -got["a"]):
+        assert [compare_gradients(want, {"a": wrong}, want, {"a": moved})[0]["verdict"] for moved in (0.09, 0.1)] == [
+            "fail",
+            "incomplete",
+        ]
 
 
 def test_a_flip_that_rounding_makes_of_the_reference_is_a_near_tie():
     judge = Judge(random_prompt(9, TOKENS, 0), Report("source", "checkpoint", "model", 1, 0))
     flip = {"token": 1, "lost": [0], "took": [1], "margin": 1e-2, "explained": False}
     judge.report.judged_flips = [{"layer": n} | flip for n in (0, 1)]
-    judge.report.free_run = {"gate": 1e-4, "max_abs": 1e-3}
+    judge.report.free_run = {"gate": 1e-4, "max_abs": 1e-3, "max_logit": 1.0}
     routing = np.zeros((2, TOKENS))
     routing[1, 1] = 2e-3
-    judge.amplified(Moved(np.full((1, TOKENS), 2e-4), routing, np.ones_like(routing)))
+    judge.amplified(Moved(np.full((1, TOKENS), 2e-4), routing, np.ones_like(routing), {}))
     assert [flip["explained"] for flip in judge.report.judged_flips] == [False, True]
     assert (judge.report.free_run["verdict"], judge.report.free_run["gate"]) == ("ok", pytest.approx(2e-3))
 

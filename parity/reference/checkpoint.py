@@ -17,12 +17,14 @@ from safetensors import safe_open
 from transformers import GenerationConfig, GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 
+from parity.nudging import moved
 from parity.prompts import Prompt
 from parity.protocols import (
     Answers,
     Arrays,
     Asked,
     Expected,
+    Moved,
     Port,
     Question,
     Settings,
@@ -244,6 +246,9 @@ class Reference:
 
     def twice(self, part: str, row: np.ndarray) -> Arrays:
         return gradients.gradients(self, row[None], part)[0]
+
+    def moved(self, tokens: np.ndarray) -> Moved:
+        return moved(self, [tokens])[0]
 
     def moved_gradients(self, tokens: np.ndarray) -> dict[str, float]:
         return gradients.moved(self, tokens)

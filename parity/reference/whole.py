@@ -54,8 +54,8 @@ class Whole:
         return found, margins
 
     @torch.no_grad()
-    def generate(self, rows: Sequence[np.ndarray], count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """What follows each row, greedily and alone: `count` tokens, and by how much each was the likeliest.
+    def generate(self, rows: Sequence[np.ndarray], count: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """What follows each row, greedily and alone: `count` tokens, by how much each was the likeliest, and the next one.
 
         That margin is over the largest logit.
         """
@@ -67,7 +67,7 @@ class Whole:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        made, margins = [], []
+        made, margins, seconds = [], [], []
         self.model.generation_config.eos_token_id = None  # else it takes the place of None above
         for row in rows:
             given = _one(row)
@@ -77,10 +77,11 @@ class Whole:
                 generation_config=how,
             )
             made.append(out.sequences[0, len(row) :].numpy())
-            best = torch.stack([logits[0].float().topk(2).values for logits in out.logits])
+            best, tokens = torch.stack([logits[0].float() for logits in out.logits]).topk(2)
             largest = torch.stack([logits[0].float().abs().max() for logits in out.logits])
             margins.append(((best[:, 0] - best[:, 1]) / largest).numpy())
-        return made, margins
+            seconds.append(tokens[:, 1].numpy())
+        return made, margins, seconds
 
     @torch.no_grad()
     def updated(self, rows: Sequence[np.ndarray], updates: Updates, alpha: float) -> list[np.ndarray] | None:
@@ -116,36 +117,35 @@ class Whole:
         for seed in question.seeds:
             rng = np.random.default_rng(seed)
             rows = [rng.integers(0, vocab, length) for length in question.lengths]
-            tried.append(self._asked(rows))
-            if np.concatenate(tried[-1].judged).all():
-                break
+            tried.append(self._judgeable(rows))
+            if np.concatenate(tried[-1].judged).all():  # else a tie is near whatever rounding does
+                tried[-1] = self._nudged(tried[-1])
+                if np.concatenate(tried[-1].judged).all():
+                    break
         found = max(tried, key=lambda one: np.concatenate(one.judged).sum())
-        made, made_margins = self.generate(found.rows, question.new) if "tokens" in question.kinds else ([], [])
+        found = found if found.moved is not None else self._nudged(found)
+        made, made_margins, seconds = self.generate(found.rows, question.new) if "tokens" in question.kinds else ([], [], [])
         return found._replace(
             logits16=self.logits(found.rows, "bfloat16")[0] if "logits" in question.kinds else None,
             made=made,
             made_margins=made_margins,
+            made_seconds=seconds,
             eos=(int(made[0][len(made[0]) // 3]),) if made else (),
             updated=self.updated(found.rows, *question.updates) if question.updates is not None else None,
             gradients=self.reference.gradients(found.rows[0][None])[0] if "gradients" in question.kinds else None,
         )
 
-    def _asked(self, rows: list[np.ndarray]) -> Answers:
+    def _judgeable(self, rows: list[np.ndarray]) -> Answers:
         """Of these rows, what decides which tokens can be judged."""
         logits, margins = self.logits(rows)
-        found = moved(self.reference, [row[None] for row in rows])
-        return Answers(
-            rows,
-            margins,
-            logits,
-            logits16=None,
-            made=[],
-            made_margins=[],
-            eos=(),
-            updated=None,
-            gradients=None,
-            moved=[one.logits[0] / np.abs(right).max() for one, right in zip(found, logits, strict=True)],
+        return Answers(rows, margins, logits, None, made=[], made_margins=[], eos=(), updated=None, gradients=None)
+
+    def _nudged(self, answers: Answers) -> Answers:
+        found = moved(self.reference, [row[None] for row in answers.rows])
+        return answers._replace(
+            moved=[one.logits[0] / np.abs(right).max() for one, right in zip(found, answers.logits, strict=True)],
             moved_margins=[(one.routing / one.largest).max(0) for one in found],
+            moved_taps=[one.taps for one in found],
         )
 
 

@@ -189,14 +189,20 @@ def _gradients(report: Report) -> Iterator[Section]:
     worst = max(report.gradients, key=lambda gradient: gradient["relative_l2"])
     wrong = report.wrong_gradients
     names = [gradient["name"] for gradient in wrong]
-    said = f"FAIL: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if wrong else "ok"
+    noise = [one for one in report.gradients if one["verdict"] == "incomplete"]
+    said = f"FAIL: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if wrong else "incomplete" if noise else "ok"
     table = f"gradients  {count} parameters, worst {worst['relative_l2']:.1e}, {worst['name']}   {said}"
     lines = [f"{one['name']}: {one['relative_l2']:.3e}" for one in wrong]
     headline = f"gradients of all {count} parameters are within their bound"
     if wrong:
         some = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
         headline = f"beyond their bound: {len(wrong)} of {count} gradients: {some}"
-    yield Section("gradients", "fail" if wrong else "ok", headline, lines, [table])
+    elif noise:
+        headline = (
+            f"not judged, since rounding alone moves PyTorch's: {len(noise)} of {count} gradients, such as {noise[0]['name']}"
+        )
+    verdict = "fail" if wrong else "incomplete" if noise else "ok"
+    yield Section("gradients", verdict, headline, lines, [table])
 
 
 def _forms(report: Report) -> Iterator[Section]:

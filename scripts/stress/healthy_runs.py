@@ -92,7 +92,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     kinds = list(itertools.product(LAYOUTS, PATHS, DTYPES))
     largest: dict[str, float] = {}
-    alarms = flips = forms = 0
+    alarms = flips = forms = unknowable = 0
     with tempfile.TemporaryDirectory() as scratch:
         for run in numbers:
             (layout, stored), path, dtype = kinds[run % len(kinds)]
@@ -112,12 +112,14 @@ def main() -> int:
                 jax.clear_caches()  # a process may map 65,530 pieces of memory, and what is compiled takes many
             flips += len(report.flips)
             forms += len(report.forms)
-            if report.verdict != "pass":
+            unknowable += (known := report.verdict == "incomplete" and all("rounding alone" in why for why in report.incomplete))
+            if report.verdict != "pass" and not known:
                 alarms += 1
                 print(f"run {run}: {name}, {layout} {stored} {path} {dtype}\n{report.table()}", flush=True)
     for name, ratio in largest.items():
         print(f"{name:<10} at most {ratio:.3f} of its bound")
     print(f"{len(numbers)} healthy runs, {forms} forms, {flips} expert flips, {alarms} false alarms")
+    print(f"{unknowable} incomplete, since rounding alone moves PyTorch itself by a tenth and more")
     return int(alarms > 0)
 
 
