@@ -206,7 +206,7 @@ class _Arm:
             if wrong.size:
                 bad.append(_places(row, wrong, len(apart)))
         result.worst, result.verdict = min(worst, metrics.WORST), "fail" if bad else "ok"
-        notes = bad + ([f"{total - judged} of {total} tokens are off, and tell nothing"] if judged < total else [])
+        notes = bad + ([f"{total - judged} of {total} tokens are off where rounding alone decides"] if judged < total else [])
         if not bad and judged * 2 < total:
             result.verdict = "incomplete"
         result.note = "; ".join(notes)

@@ -445,11 +445,16 @@ def answered(margins, moved_margins, moved=1e-7) -> Answers:
     ("answers", "got", "verdict", "note"),
     [
         (answered([1, 1e-6, 1, 1], [0, 0, 0, 0]), [1, 1, 1, 1], "ok", ""),
-        (answered([1, 1e-6, 1, 1], [0, 0, 0, 0]), [1, 1, 1, 2], "ok", "1 of 4 tokens are off, and tell nothing"),
-        (answered([1, 1e-6, 1, 1], [0, 0, 0, 0]), [1, 2, 2, 2], "incomplete", "3 of 4 tokens are off, and tell nothing"),
+        (answered([1, 1e-6, 1, 1], [0, 0, 0, 0]), [1, 1, 1, 2], "ok", "1 of 4 tokens are off where rounding alone decides"),
+        (
+            answered([1, 1e-6, 1, 1], [0, 0, 0, 0]),
+            [1, 2, 2, 2],
+            "incomplete",
+            "3 of 4 tokens are off where rounding alone decides",
+        ),
         (answered([1, 1, 1, 1e-6], [0, 0, 0, 0]), [1, 2, 1, 1], "fail", "row 0, 1 of 4 tokens, the first 1"),
         (answered([1, 1e-2, 1, 1], [0, 0, 0, 0]), [1, 1, 1, 2], "fail", "row 0, tokens from 3 on"),
-        (answered([1, 1e-2, 1, 1], [0, 2e-3, 0, 0]), [1, 1, 1, 2], "ok", "1 of 4 tokens are off, and tell nothing"),
+        (answered([1, 1e-2, 1, 1], [0, 2e-3, 0, 0]), [1, 1, 1, 2], "ok", "1 of 4 tokens are off where rounding alone decides"),
         (answered([1, 1, 1, 1], [0, 0, 0, 0], moved=1e-3), [1, 1, 1, 1.009], "ok", ""),
         (answered([1, 1, 1, 1], [0, 0, 0, 0], moved=1e-3), [1, 1, 1, 1.011], "fail", "row 0, tokens from 3 on"),
         (
@@ -458,7 +463,12 @@ def answered(margins, moved_margins, moved=1e-7) -> Answers:
             "fail",
             "row 0, tokens from 3 on",
         ),
-        (answered([1, 1, 1, 1], [0, 0, 0, 0], moved=0.2), [-1] * 4, "incomplete", "4 of 4 tokens are off, and tell nothing"),
+        (
+            answered([1, 1, 1, 1], [0, 0, 0, 0], moved=0.2),
+            [-1] * 4,
+            "incomplete",
+            "4 of 4 tokens are off where rounding alone decides",
+        ),
         (answered([1, 1, 1, 1], [0, 0, 0, 0]), [1, 1, 1, 1.009], "fail", "row 0, tokens from 3 on"),
     ],
 )
