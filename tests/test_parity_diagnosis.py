@@ -297,7 +297,7 @@ def test_a_number_that_was_not_measured_is_what_it_is_consistent_with(name):
     settings = {"swiglu_alpha": 1.702, "swiglu_limit": 5.0, "rope_theta": 2e5, "rms_norm_eps": 1e-5}
     said = faults.sentence(faults.CATALOGUE[name], 11, settings)
     assert said.startswith("consistent with ")
-    assert str(settings[faults._FILLED[re.search(r"{(\w+)}", faults.CATALOGUE[name].says)[1]]]) in said
+    assert str(settings[faults.FILLED[re.search(r"{(\w+)}", faults.CATALOGUE[name].says)[1]]]) in said
 
 
 def test_the_pattern_of_a_mistake_nobody_has_made_before(monkeypatch, sources, checkpoints):
